@@ -1,0 +1,534 @@
+"""What PyTorch is told about an operator, in the order in which it asks.
+
+`Operator("chunk", ...)` registers `la::chunk` and `la::chunk_backward`:
+
+- schema: hand-written, without defaults (rules are called without the arguments that equal a default)
+- kernels: by device; each checks the contract first
+- fake: shapes and dtypes without data, with the same checks
+- autograd: reverse and forward mode, for both operators, to any order
+- vmap: the new dimension joins the batch, or the heads
+- autocast: q, k and v are cast; gates and states are left alone
+- FLOP formulas and DTensor sharding rules: when the PyTorch modules that ask for them are imported
+
+and is the function that the public ones call: through the dispatcher, or in plain eager calls around it.
+Why each is done this way: docs/registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from . import derivatives, late, private
+
+NAMESPACE = "la"
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
+operators: dict[str, Operator] = {}
+
+FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? initial_state, bool output_final_state, "
+    "Tensor? cu_seqlens, float? scale, bool normalize, bool reverse) -> (Tensor o, Tensor? final_state)"
+)
+BACKWARD = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? initial_state, Tensor? cu_seqlens, "
+    "float? scale, bool normalize, bool reverse, Tensor? o, Tensor do, Tensor? dfinal_state, bool gate_grad) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor? dg, Tensor? dg_gamma, Tensor? dinitial_state)"
+)
+
+Kernel = Callable[..., Any]
+Forward = tuple[Tensor, Tensor | None]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def define(name: str, schema: str) -> torch._ops.OpOverload:
+    """Adds an operator to the namespace. `Autograd`, fakes and the rest are registered by name afterwards."""
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return getattr(getattr(torch.ops, NAMESPACE), name).default  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------------- fake functions
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    g_gamma: Tensor | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    normalize: bool,
+    reverse: bool,
+) -> Forward:
+    checks.attention(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize)
+    state = None
+    if output_final_state:
+        shape = (checks.states(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3] + (1 if normalize else 0))
+        state = v.new_empty(shape, dtype=checks.state_dtype(q))
+    return v.new_empty(v.shape), state
+
+
+def _fake_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    g_gamma: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    normalize: bool,
+    reverse: bool,
+    o: Tensor | None,
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    gate_grad: bool,
+) -> Gradients:
+    checks.backward(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize, o, do, dfinal_state)
+
+    def like(x: Tensor | None, wanted: bool = True) -> Tensor | None:
+        return x.new_empty(x.shape) if x is not None and wanted else None
+
+    return like(q), like(k), like(v), like(g, gate_grad), like(g_gamma, gate_grad), like(initial_state)  # type: ignore[return-value]
+
+
+# --------------------------------------------------------------------------------------------------------------- kernels
+
+
+def _checked_forward(kernel: Kernel) -> Kernel:
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        g_gamma: Tensor | None,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+        cu_seqlens: Tensor | None,
+        scale: float | None,
+        normalize: bool,
+        reverse: bool,
+    ) -> Forward:
+        checks.attention(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return kernel(  # type: ignore[no-any-return]
+            q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse
+        )
+
+    return forward
+
+
+def _checked_backward(kernel: Kernel) -> Kernel:
+    def backward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        g_gamma: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float | None,
+        normalize: bool,
+        reverse: bool,
+        o: Tensor | None,
+        do: Tensor,
+        dfinal_state: Tensor | None,
+        gate_grad: bool,
+    ) -> Gradients:
+        checks.backward(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize, o, do, dfinal_state)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return kernel(  # type: ignore[no-any-return]
+            q, k, v, g, g_gamma, initial_state, cu_seqlens, scale, normalize, reverse, o, do, dfinal_state, gate_grad
+        )
+
+    return backward
+
+
+# -------------------------------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: Forward) -> None:
+    """Keeps what the backward operator takes. The output itself only where the normaliser needs it."""
+    q, k, v, g, g_gamma, initial_state, _, cu_seqlens, scale, normalize, reverse = inputs
+    o = output[0] if normalize else None
+    ctx.save_for_backward(q, k, v, g, g_gamma, initial_state, cu_seqlens, o)
+    ctx.options = scale, normalize, reverse
+    ctx.set_materialize_grads(False)
+
+
+def _formula(operator: Operator) -> Kernel:
+    """The autograd formula of the forward operator: a shuffle of arguments, because it is traced into compiled graphs."""
+
+    def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, g, g_gamma, initial_state, cu_seqlens, o = ctx.saved_tensors
+        scale, normalize, reverse = ctx.options
+        if do is None and dfinal_state is None:
+            return (None,) * 11
+        if do is None:
+            do = v.new_zeros(v.shape)
+        gate_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        dq, dk, dv, dg, dg_gamma, dS0 = operator.backward(
+            q, k, v, g, g_gamma, initial_state, cu_seqlens, scale, normalize, reverse, o, do, dfinal_state, gate_grad
+        )
+        return dq, dk, dv, dg, dg_gamma, dS0, None, None, None, None, None
+
+    return backward
+
+
+def _forward_function(operator: Operator, run: Kernel) -> Any:
+    """The forward operator as a differentiable function around `run`."""
+
+    class LinearAttention(private.SingleLevelFunction):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Forward:
+            output: Forward = run(*inputs)
+            _save(ctx, inputs, output)
+            q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse = inputs
+            ctx.save_for_forward(q, k, v, g, g_gamma, initial_state, cu_seqlens)
+            ctx.output_final_state = output_final_state
+            return output
+
+        backward = staticmethod(_formula(operator))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Forward:
+            q, k, v, g, g_gamma, initial_state, cu_seqlens, *_ = ctx.saved_tensors
+            primals = (q, k, v, g, g_gamma, initial_state, ctx.output_final_state, cu_seqlens, *ctx.options)
+            # Forward mode is off in here. The levels below (jvp of jvp) need it on; this level then must not see its own
+            # tangents again, so the primals shed them.
+            primals = tuple(private.without_tangent(x) for x in primals)
+            with private.forward_grad(True), torch.autocast(q.device.type, enabled=False):
+                return derivatives.tangent(operator.forward, primals, tangents)
+
+    return LinearAttention
+
+
+def _backward_function(operator: Operator, run: Kernel) -> Any:
+    """The backward operator as a function with a reverse mode: double backward."""
+
+    class LinearAttentionBackward(private.SingleLevelFunction):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Gradients:
+            output: Gradients = run(*inputs)
+            tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+            ctx.save_for_backward(*tensors)
+            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+            ctx.set_materialize_grads(False)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            inputs = [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.others, strict=True)]
+            return tuple(derivatives.vjp_of_gradients(operator.forward, inputs, ctx.needs_input_grad, cotangents))
+
+    return LinearAttentionBackward
+
+
+def autograd_kernel(op: Kernel, function: Callable[[Kernel], Any], composite: Kernel | None = None) -> Kernel:
+    """The kernel at the "Autograd" key: differentiate if anybody asks, else pass on.
+
+    `composite`, where given, is the operator in terms of others that have a forward mode: it runs when an input carries a
+    tangent.
+    """
+
+    def below(*inputs: Any) -> Any:
+        with private.below_autograd():
+            return op(*inputs)
+
+    def next_level(*inputs: Any) -> Any:
+        # A Function runs its forward with both modes off. Under nested transforms the levels below record their own
+        # derivatives inside that forward: left off, they would be zero, without a word.
+        with torch.enable_grad(), private.forward_grad(True), private.below_autograd():
+            return op(*inputs)
+
+    apply, apply_transformed = function(below).apply, function(next_level).apply
+
+    def kernel(*inputs: Any) -> Any:
+        if composite is not None and private.forward_mode() and private.any_tangent(*inputs):
+            return composite(*inputs)
+        if private.transforms_active():
+            with private.single_level():
+                return apply_transformed(*inputs)
+        if private.forward_mode() or (torch.is_grad_enabled() and private.any_requires_grad(*inputs)):
+            return apply(*inputs)
+        with private.below_autograd():
+            return op(*inputs)
+
+    return kernel
+
+
+def _no_forward_mode(kernel: Kernel) -> Kernel:
+    """For releases of torch without the private names: an error in the place of a tangent that is silently zero."""
+
+    def guarded(*inputs: Any) -> Any:
+        if private.forward_mode():
+            raise NotImplementedError(
+                f"forward-mode differentiation of {NAMESPACE} operators needs {', '.join(private.MISSING)}, "
+                f"which torch {torch.__version__} lacks; use reverse mode"
+            )
+        return kernel(*inputs)
+
+    return guarded
+
+
+# ------------------------------------------------------------------------------------------------------------------ vmap
+
+# Where each tensor has its batch and its heads. g_gamma has no batch.
+_AXES: dict[str, tuple[int | None, int]] = dict.fromkeys(("q", "k", "v", "g", "o", "do"), (0, 2))
+_AXES |= {"g_gamma": (None, 0), "initial_state": (0, 1), "dfinal_state": (0, 1)}
+_FORWARD_AXES = (_AXES["o"], _AXES["initial_state"])
+_BACKWARD_AXES = tuple(_AXES[name] for name in ("q", "k", "v", "g", "g_gamma", "initial_state"))
+
+
+def arguments(op: torch._ops.OpOverload) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]
+
+
+def _vmap(op: torch._ops.OpOverload, output_axes: Sequence[tuple[int | None, int]]) -> Kernel:
+    """The new dimension joins the batch, which costs no copy; or the heads, where the batch cannot take it.
+
+    That is so when sequences are packed (the batch is 1), and when g_gamma has a value, or a gradient, per sample.
+    """
+    names = arguments(op)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        given = dict(zip(names, inputs, strict=True))
+        dims = dict(zip(names, in_dims, strict=True))
+        size = info.batch_size
+        if dims["cu_seqlens"] is not None:  # other offsets in every sample: nothing to share
+            samples = [
+                op(*(x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims, strict=True)))
+                for i in range(size)
+            ]
+            stacked = [None if x[0] is None else torch.stack(x) for x in zip(*samples, strict=True)]
+            return tuple(stacked), tuple(None if x is None else 0 for x in stacked)
+
+        own_decay = given["g_gamma"] is not None and (dims["g_gamma"] is not None or given.get("gate_grad", False))
+        which = 1 if given["cu_seqlens"] is not None or own_decay else 0
+
+        def fold(name: str) -> Any:
+            x = given[name]
+            if not isinstance(x, Tensor) or name not in _AXES or _AXES[name][which] is None:
+                return x
+            axis: int = _AXES[name][which]  # type: ignore[assignment]
+            x = x.expand(size, *x.shape) if dims[name] is None else x.movedim(dims[name], 0)
+            return x.movedim(0, axis).flatten(axis, axis + 1)
+
+        outputs, out_dims = [], []
+        for x, axes in zip(op(*map(fold, names)), output_axes, strict=True):
+            axis = axes[which]
+            if x is not None:
+                assert axis is not None
+                x = x.unflatten(axis, (size, x.shape[axis] // size))
+            outputs.append(x)
+            out_dims.append(None if x is None else axis)
+        return tuple(outputs), tuple(out_dims)
+
+    return rule
+
+
+def _legacy_vmap(rule: Kernel) -> Kernel:
+    """The same rule for the vmap behind `torch.autograd.grad(is_grads_batched=True)`, which is not that of torch.func.
+
+    Its batched tensors carry their dimension inside, under a level that counts the open vmaps.
+    """
+
+    def kernel(*inputs: Any) -> Any:
+        level = private.vmap_level()
+        # A batched tensor comes back with its dimension in front; any other, with one of size 1.
+        tensors = [torch._remove_batch_dim(x, level, 1, 0) if isinstance(x, Tensor) else None for x in inputs]
+        size = max(x.shape[0] for x in tensors if x is not None)
+        mapped = [x is not None and x.shape[0] == size for x in tensors]
+        unwrapped = [
+            x if y is None else y if m else y[0] for x, y, m in zip(inputs, tensors, mapped, strict=True)
+        ]
+        outputs, dims = rule(SimpleNamespace(batch_size=size), tuple(0 if m else None for m in mapped), *unwrapped)
+        return tuple(x if d is None else torch._add_batch_dim(x, d, level) for x, d in zip(outputs, dims, strict=True))
+
+    return kernel
+
+
+# -------------------------------------------------------------------------------------------------------------- autocast
+
+_CAST = ("q", "k", "v", "o", "do")
+_LOW = (torch.float32, torch.bfloat16, torch.float16)  # autocast leaves float64 alone
+
+
+def autocast_kernel(op: torch._ops.OpOverload, device: str, forward: bool) -> Kernel:
+    """q, k, v in the autocast dtype. The backward runs in the dtypes of its forward: only o and do follow v."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    names = arguments(op)
+    cast = [i for i, name in enumerate(names) if name in _CAST and (forward or name in ("o", "do"))]
+    like = names.index("v")
+
+    def kernel(*inputs: Any) -> Any:
+        changed = list(inputs)
+        dtype = torch.get_autocast_dtype(device) if forward else inputs[like].dtype
+        for i in cast:
+            if changed[i] is not None and changed[i].dtype in _LOW:
+                changed[i] = changed[i].to(dtype)
+        with private.exclude_keys(keys):
+            return op(*changed)
+
+    return kernel
+
+
+# ----------------------------------------------------------------------------------------------------------------- flops
+
+FLOP_CHUNK = 64
+
+
+def flops(q: Sequence[int], v: Sequence[int], chunk: int, passes: int) -> int:
+    """Floating-point operations of `passes` linear-attention passes with shapes q [B, T, H, K] and v [B, T, HV, V].
+
+    Per token and value head: 2 C (K + V) for the scores and their product with the values inside a chunk of C tokens,
+    4 K V for reading and writing the state. The forward is one pass, the backward three (dq, dk, dv).
+    """
+    (B, T, _, K), (HV, V) = q, v[2:]
+    return passes * B * T * HV * (2 * chunk * (K + V) + 4 * K * V)
+
+
+# -------------------------------------------------------------------------------------------------------------- operator
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def plain(*tensors: Any) -> bool:
+    """May a call go around the dispatcher? Nothing then may want to see it: no tracer, transform, mode or subclass."""
+    for x in tensors:
+        if type(x) not in _PLAIN:
+            return False
+    return not (
+        private.transforms_active()
+        or private.forward_mode()
+        or private.dispatch_modes()
+        or private.function_modes()
+        or private.any_autocast()
+        or private.profiling()
+    )
+
+
+class Operator:
+    """One operator of the family and its backward, registered; calling it runs the forward.
+
+    `forward` and `backward` map device types to kernels with the signatures of `reference`'s functions, the backward
+    with those of `_fake_backward`. `chunk` is the chunk length that the FLOP formula counts (0: token by token).
+    """
+
+    def __init__(self, name: str, forward: dict[str, Kernel], backward: dict[str, Kernel], chunk: int) -> None:
+        self.name = name
+        self.kernels = {device: _checked_forward(kernel) for device, kernel in forward.items()}
+        backward = {device: _checked_backward(kernel) for device, kernel in backward.items()}
+        self.forward = define(name, FORWARD)
+        self.backward = define(f"{name}_backward", BACKWARD)
+
+        guard = (lambda kernel: kernel) if private.AVAILABLE else _no_forward_mode
+        for op, kernels, fake, axes in (
+            (self.forward, self.kernels, _fake_forward, _FORWARD_AXES),
+            (self.backward, backward, _fake_backward, _BACKWARD_AXES),
+        ):
+            path = op._schema.name
+            for device, kernel in kernels.items():
+                library.impl(path, guard(kernel), device.upper())
+            torch.library.register_fake(path, fake, lib=library)
+            torch.library.register_vmap(path, _vmap(op, axes), lib=library)
+            library.impl(path, _legacy_vmap(_vmap(op, axes)), "Batched")
+            if private.exclude_keys is not None:
+                for device in ("cpu", "cuda"):
+                    library.impl(path, autocast_kernel(op, device, op is self.forward), f"Autocast{device.upper()}")
+
+        if private.AVAILABLE:
+            library.impl(name, autograd_kernel(self.forward, lambda run: _forward_function(self, run)), "Autograd")
+            library.impl(
+                f"{name}_backward",
+                autograd_kernel(self.backward, lambda run: _backward_function(self, run), self._composite_backward),
+                "Autograd",
+            )
+            # In plain eager calls the same function runs around the kernel itself.
+            self._eager = {device: _forward_function(self, kernel).apply for device, kernel in self.kernels.items()}
+        else:
+            self._fall_back()
+
+        def count() -> None:
+            from torch.utils.flop_counter import register_flop_formula
+
+            for op, passes in ((self.forward, 1), (self.backward, 3)):
+                register_flop_formula(op.overloadpacket)(
+                    lambda q, k, v, *_, passes=passes, out_shape=None, **__: flops(q, v, chunk, passes)
+                )
+
+        def shard() -> None:
+            from . import sharding
+
+            sharding.register(self.forward, self.backward)
+
+        late.when_imported("torch.utils.flop_counter", count)
+        late.when_imported("torch.distributed.tensor", shard)
+        operators[name] = self
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        g_gamma: Tensor | None,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+        cu_seqlens: Tensor | None,
+        scale: float | None,
+        normalize: bool,
+        reverse: bool,
+    ) -> Forward:
+        checks.options(scale, output_final_state=output_final_state, normalize=normalize, reverse=reverse)
+        inputs = (q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
+        if private.AVAILABLE and not torch.compiler.is_compiling():
+            if plain(q, k, v, g, g_gamma, initial_state, cu_seqlens) and q is not None:
+                device = q.device.type
+                if device in self.kernels:
+                    if torch.is_grad_enabled() and private.any_requires_grad(q, k, v, g, g_gamma, initial_state):
+                        return self._eager[device](*inputs)  # type: ignore[no-any-return]
+                    return self.kernels[device](*inputs)  # type: ignore[no-any-return]
+        checks.tensors(
+            q=q,
+            k=k,
+            v=v,
+            g_or_None=g,
+            g_gamma_or_None=g_gamma,
+            initial_state_or_None=initial_state,
+            cu_seqlens_or_None=cu_seqlens,
+        )
+        return self.forward(*inputs)  # type: ignore[no-any-return]
+
+    def _composite_backward(self, *inputs: Any) -> Gradients:
+        """The backward operator by calls of the forward one."""
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return derivatives.gradients(self.forward, *inputs[:10], *inputs[11:])
+
+    def _fall_back(self) -> None:
+        """Reverse mode alone, by the public `register_autograd`."""
+        torch.library.register_autograd(
+            self.forward._schema.name,
+            _formula(self),
+            setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
+            lib=library,
+        )
+
+        def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+            ctx.set_materialize_grads(False)
+
+        def double(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            inputs = [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.others, strict=True)]
+            return tuple(derivatives.vjp_of_gradients(self.forward, inputs, ctx.needs_input_grad, cotangents))
+
+        torch.library.register_autograd(self.backward._schema.name, double, setup_context=setup, lib=library)
