@@ -201,10 +201,12 @@ def _forward_function(operator: Operator, run: Kernel) -> Any:
         def jvp(ctx: Any, *tangents: Any) -> Forward:
             q, k, v, g, g_gamma, initial_state, cu_seqlens, *_ = ctx.saved_tensors
             primals = (q, k, v, g, g_gamma, initial_state, ctx.output_final_state, cu_seqlens, *ctx.options)
-            # Forward mode is off in here. The levels below (jvp of jvp) need it on; this level then must not see its own
-            # tangents again, so the primals shed them.
-            primals = tuple(private.without_tangent(x) for x in primals)
-            with private.forward_grad(True), torch.autocast(q.device.type, enabled=False):
+            # Forward mode is off in here. Nested transforms (jvp of jvp) need it on for the levels below; this level then
+            # must not see its own tangents again, so the primals shed them.
+            nested = private.transforms_nested()
+            if nested:
+                primals = tuple(private.without_tangent(x) for x in primals)
+            with private.forward_grad(nested), torch.autocast(q.device.type, enabled=False):
                 return derivatives.tangent(operator.forward, primals, tangents)
 
     return LinearAttention
@@ -245,7 +247,7 @@ def autograd_kernel(op: Kernel, function: Callable[[Kernel], Any], composite: Ke
     def next_level(*inputs: Any) -> Any:
         # A Function runs its forward with both modes off. Under nested transforms the levels below record their own
         # derivatives inside that forward: left off, they would be zero, without a word.
-        with torch.enable_grad(), private.forward_grad(True), private.below_autograd():
+        with torch.enable_grad(), private.forward_grad(private.transforms_nested()), private.below_autograd():
             return op(*inputs)
 
     apply, apply_transformed = function(below).apply, function(next_level).apply
@@ -350,7 +352,11 @@ def _legacy_vmap(rule: Kernel) -> Kernel:
             x if y is None else y if m else y[0] for x, y, m in zip(inputs, tensors, mapped, strict=True)
         ]
         outputs, dims = rule(SimpleNamespace(batch_size=size), tuple(0 if m else None for m in mapped), *unwrapped)
-        return tuple(x if d is None else torch._add_batch_dim(x, d, level) for x, d in zip(outputs, dims, strict=True))
+        # in front and contiguous: forward mode restrides its tensors
+        return tuple(
+            x if d is None else torch._add_batch_dim(x.movedim(d, 0).contiguous(), 0, level)
+            for x, d in zip(outputs, dims, strict=True)
+        )
 
     return kernel
 

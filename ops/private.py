@@ -38,6 +38,7 @@ below_autograd: Any = _find("_C._AutoDispatchBelowAutograd")
 exclude_keys: Any = _find("_C._ExcludeDispatchKeyGuard")
 # Is a torch.func transform running? Does any of these arguments require a gradient?
 transforms_active: Any = _find("_C._are_functorch_transforms_active")
+_transform_stack: Any = _find("_C._functorch.get_interpreter_stack")
 any_requires_grad: Any = _find("_C._any_requires_grad")
 # Turns forward mode back on inside a Function's forward.
 forward_grad: Any = _find("autograd.forward_ad._set_fwd_grad_enabled")
@@ -53,6 +54,12 @@ AVAILABLE = not MISSING
 def forward_mode() -> bool:
     """Is a forward-mode level open (`torch.autograd.forward_ad.dual_level`, `torch.func.jvp`)?"""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def transforms_nested() -> bool:
+    """Do torch.func transforms run inside one another?"""
+    stack = _transform_stack()
+    return stack is not None and len(stack) > 1
 
 
 def vmap_level() -> int:

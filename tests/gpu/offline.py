@@ -1,0 +1,142 @@
+"""Compiles every launch of the kernels for Hopper without a GPU, and prints what the compiler made of each.
+
+    python tests/gpu/offline.py [--only SUBSTRING] [--widths 64 128 256] [--check STACK_BYTES]
+
+The launches are real ones of `launch.forward`, `launch.backward` and `launch.step_` on CPU tensors; only the last step, running
+the kernel, is replaced by a compilation for sm_90. Columns: registers, stack bytes (spills), shared memory, CTAs per
+multiprocessor, wgmma and mma.sync instructions, spill stores and loads. Needs triton, and TRITON_INTERPRET unset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+import time
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from torch_la.ops.kernels import launch
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+seen: set = set()
+rows: list[dict] = []
+label = ""
+only = ""
+
+
+def compile_for_hopper(fn: JITFunction, args: tuple, options: dict) -> dict | None:
+    """The specialisation that Triton itself would choose: 1 is a constant, multiples of 16 are marked."""
+    num_warps, num_stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    values = dict(zip(fn.arg_names, args, strict=False)) | options
+    signature, constants, attrs = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
+        x = values[name]
+        if parameter.is_constexpr or (isinstance(x, int) and x == 1 and not parameter.do_not_specialize):
+            signature[name] = "constexpr"
+            constants[(index,)] = x
+        elif isinstance(x, torch.Tensor):
+            signature[name] = TYPES[x.dtype]
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
+            if x % 16 == 0 and not parameter.do_not_specialize:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+    key = (fn.__name__, str(signature), str(constants), str(attrs), num_warps, num_stages)
+    if key in seen:
+        return None
+    seen.add(key)
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+    start = time.time()
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages}
+    )
+    seconds = time.time() - start
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", f.name], capture_output=True, text=True).stdout
+        sass = subprocess.run([CUOBJDUMP, "-sass", f.name], capture_output=True, text=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+    return dict(
+        kernel=fn.__name__, registers=registers, stack=stack, shared=shared,
+        ctas=min(227 * 1024 // (shared + 1024), 65536 // (registers * num_warps * 32)),
+        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)), mma=len(re.findall(r"mma\.sync", ptx)),
+        stl=len(re.findall(r"\bSTL", sass)), ldl=len(re.findall(r"\bLDL", sass)), warps=num_warps, seconds=seconds,
+    )  # fmt: skip
+
+
+def run(self: JITFunction, *args, grid, warmup, **options) -> None:
+    if only not in f"{label} {self.__name__}":
+        return
+    try:
+        row = compile_for_hopper(self, args, options)
+    except Exception as error:  # a failed row is a finding to print, not the end of the report
+        row = dict(kernel=self.__name__, failed=f"{type(error).__name__}: {error}")
+    if row is None:
+        return
+    row = dict(case=label) | row
+    rows.append(row)
+    if "failed" in row:
+        print(f"{label:34} {row['kernel']:14} FAILED {row['failed']}", flush=True)
+    else:
+        print(
+            f"{label:34} {row['kernel']:14} regs {row['registers']:3} stack {row['stack']:5} smem {row['shared'] // 1024:3}K "
+            f"ctas {row['ctas']:2} wgmma {row['wgmma']:3} mma {row['mma']:3} STL {row['stl']:3} LDL {row['ldl']:3} "
+            f"warps {row['warps']} {row['seconds']:.1f}s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    global label, only
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "tf32", "ieee"])
+    parser.add_argument("--gates", nargs="+", default=["none", "g", "gamma", "g+norm"])
+    parser.add_argument("--ops", nargs="+", default=["chunk"])
+    parser.add_argument("--check", type=int, default=None, help="fail if a kernel has more stack bytes than this")
+    args = parser.parse_args()
+    only = args.only
+    JITFunction.run = run
+    T, H = 8192, 2
+    for dtype in args.dtypes:
+        torch.set_float32_matmul_precision("highest" if dtype == "ieee" else "high")
+        t = torch.bfloat16 if dtype == "bf16" else torch.float16 if dtype == "fp16" else torch.float32
+        for D in args.widths:
+            for gate in args.gates:
+                normalize = gate.endswith("norm")
+                q = torch.empty(1, T, H, D, dtype=t)
+                g = torch.empty(1, T, H) if gate.startswith("g+") or gate == "g" else None
+                gamma = torch.empty(H) if gate == "gamma" else None
+                S = torch.empty(1, H, D, D + normalize)
+                for op in args.ops:
+                    label = f"{op} {dtype} {D} {gate}"
+                    launch.forward(op, q, q, q, g, gamma, S, True, None, 0.5, normalize, False)
+                    launch.backward(
+                        op, q, q, q, g, gamma, S, None, 0.5, normalize, False, q if normalize else None, q, S, True
+                    )
+        label = f"step {D}"
+        x, state = torch.empty(2, H, D, dtype=t), torch.empty(2, H, D, D)
+        launch.step_(x, x, x, state, torch.empty(2, H), None, None, 0.5, False)
+    failed = [r for r in rows if "failed" in r or (args.check is not None and r["stack"] > args.check)]
+    print(f"{len(rows)} kernels, {len(failed)} failed")
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
