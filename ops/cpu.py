@@ -15,6 +15,7 @@ so that q and k, whose G is 1, broadcast over their group. States are [B, H, G, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -71,10 +72,11 @@ class _Sequence:
 
     def __iter__(self) -> Iterator[slice]:
         """The chunks, in walking order."""
-        starts = range(self.start, self.end, self.chunk)
         if not self.reverse:
+            starts = range(self.start, self.end, self.chunk)
             return (slice(t, min(t + self.chunk, self.end)) for t in starts)
-        return (slice(max(self.end - t - self.chunk + self.start, self.start), self.end - t + self.start) for t in starts)
+        ends = range(self.end, self.start, -self.chunk)
+        return (slice(max(t - self.chunk, self.start), t) for t in ends)
 
     def read(self, x: Tensor, at: slice) -> Tensor:
         """[B, T, heads, width] -> [B, H, heads / H, C, width] in walking order."""
@@ -120,7 +122,7 @@ def _sequences(
             _Sequence(start, end, H, checks.state_dtype(q), gate, g is None, reverse, chunk),
             slice(None) if cu_seqlens is None else slice(n, n + 1),
         )
-        for n, (start, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+        for n, (start, end) in enumerate(itertools.pairwise(cuts))
     ]
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels, imported when the first CUDA tensor arrives.
 
-With TRITON_INTERPRET=1 in the environment, Triton's interpreter runs them on CPU tensors too: the CI of a machine without
-a GPU tests the very kernels that a GPU runs. float64 stays with the ATen kernels.
+With TRITON_INTERPRET=1 in the environment, Triton's interpreter runs them on CPU tensors too: the CI of a machine
+without a GPU tests the very kernels that a GPU runs. float64 stays with the ATen kernels.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..checks import state_dtype
 from .reference import EPS
 
-Forward = Callable[..., tuple[Tensor, Tensor | None]]
+Forward = Callable[..., Any]  # returns (Tensor, Tensor | None)
 
 
 class _Time:
@@ -132,11 +132,10 @@ def gradients(
     behind = None if gate is None else time.next(gate)
 
     def causal(x: Tensor, y: Tensor, z: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
-        return op(x, y, z, gate, None, S, True, cu_seqlens, 1.0, False, reverse)  # type: ignore[return-value]
+        return op(x, y, z, gate, None, S, True, cu_seqlens, 1.0, False, reverse)
 
     def anticausal(x: Tensor, y: Tensor, z: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, S = op(x, y, z, behind, None, S, True, cu_seqlens, 1.0, False, not reverse)  # type: ignore[assignment]
-        assert S is not None
+        out, S = op(x, y, z, behind, None, S, True, cu_seqlens, 1.0, False, not reverse)
         return out, S if gate is None else time.at_first(gate).exp()[..., None, None] * S
 
     S0, z0 = _split(initial_state, V) if normalize else (initial_state, None)
@@ -205,11 +204,11 @@ def tangent(
     G = None if tgate is None else time.cumsum(tgate)
 
     def run(x: Tensor, y: Tensor, z: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
-        return op(x, y, z, gate, None, S, True, cu_seqlens, 1.0, False, reverse)  # type: ignore[return-value]
+        return op(x, y, z, gate, None, S, True, cu_seqlens, 1.0, False, reverse)
 
     def linear(c: Tensor, tc: Tensor | None, S0: Tensor | None, tS0: Tensor | None) -> tuple[Tensor, Tensor]:
         """The tangent of run(a, b, c, S0), the operator without its normaliser."""
-        terms = []
+        terms: list[tuple[Tensor, Tensor | None]] = []
         if tq is not None:
             terms.append((run(ta, b, c, S0)[0], None))
         if tk is not None or tS0 is not None:
@@ -217,16 +216,14 @@ def tangent(
         if tc is not None:
             terms.append(run(a, b, tc, None))
         if G is not None:
-            out, S = run(a, b, c, S0)
+            full, S_full = run(a, b, c, S0)
             less, S_less = run(a, G.unsqueeze(-1) * b, c, None)
-            terms.append((G.unsqueeze(-1) * out - less, time.at_last(G)[..., None, None] * S - S_less))
-        out, S = _add([x for x, _ in terms]), _add([S for _, S in terms])
-        if out is None:
-            out = torch.zeros_like(c)
-        if S is None:
+            terms.append((G.unsqueeze(-1) * full - less, time.at_last(G)[..., None, None] * S_full - S_less))
+        out, S = _add([x for x, _ in terms]), _add([x for _, x in terms])
+        if S is None:  # only q has a tangent
             rows = c.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             S = c.new_zeros(rows, c.shape[2], b.shape[3], c.shape[3])
-        return out, S
+        return torch.zeros_like(c) if out is None else out, S
 
     if not normalize:
         out, S = linear(c, None if tv is None else tc, initial_state, tS0)
@@ -257,9 +254,9 @@ def vjp_of_gradients(
             full[i] = x
         with torch.autocast(full[0].device.type, enabled=False):
             outputs = gradients(op, *full[:10], *full[11:])
-        return tuple(outputs[i] for i in defined)  # type: ignore[misc]
+        return tuple(x for x, c in zip(outputs, cotangents, strict=True) if x is not None and c is not None)
 
-    _, pull = torch.func.vjp(function, *(arguments[i] for i in wanted))
+    pull: Any = torch.func.vjp(function, *(arguments[i] for i in wanted))[1]
     result: list[Tensor | None] = [None] * len(arguments)
     for i, x in zip(wanted, pull(tuple(cotangents[i] for i in defined)), strict=True):
         result[i] = x

@@ -3,8 +3,8 @@
     la::fused_chunk(q, k, v, g?, g_gamma?, initial_state?, output_final_state, cu_seqlens?, scale?, normalize, reverse)
         -> (o, final_state?)
 
-Every input is read once and every output written once: the fewest bytes, where batch x heads fill the GPU. On a CPU, whose
-cores are few, it is the same kernel as `la::chunk`.
+Every input is read once and every output written once: the fewest bytes, where batch x heads fill the GPU. On a CPU,
+whose cores are few, it is the same kernel as `la::chunk`.
 """
 
 from . import cpu, cuda

@@ -48,7 +48,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 def define(name: str, schema: str) -> torch._ops.OpOverload:
     """Adds an operator to the namespace. `Autograd`, fakes and the rest are registered by name afterwards."""
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return getattr(getattr(torch.ops, NAMESPACE), name).default  # type: ignore[no-any-return]
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 # ------------------------------------------------------------------------------------------------------- fake functions
@@ -96,10 +96,11 @@ def _fake_backward(
     def like(x: Tensor | None, wanted: bool = True) -> Tensor | None:
         return x.new_empty(x.shape) if x is not None and wanted else None
 
-    return like(q), like(k), like(v), like(g, gate_grad), like(g_gamma, gate_grad), like(initial_state)  # type: ignore[return-value]
+    gradients: Any = like(q), like(k), like(v), like(g, gate_grad), like(g_gamma, gate_grad), like(initial_state)
+    return gradients
 
 
-# --------------------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 
 
 def _checked_forward(kernel: Kernel) -> Kernel:
@@ -118,9 +119,7 @@ def _checked_forward(kernel: Kernel) -> Kernel:
     ) -> Forward:
         checks.attention(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize)
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        return kernel(  # type: ignore[no-any-return]
-            q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse
-        )
+        return kernel(q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
 
     return forward
 
@@ -144,14 +143,14 @@ def _checked_backward(kernel: Kernel) -> Kernel:
     ) -> Gradients:
         checks.backward(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize, o, do, dfinal_state)
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        return kernel(  # type: ignore[no-any-return]
+        return kernel(
             q, k, v, g, g_gamma, initial_state, cu_seqlens, scale, normalize, reverse, o, do, dfinal_state, gate_grad
         )
 
     return backward
 
 
-# -------------------------------------------------------------------------------------------------------------- autograd
+# ------------------------------------------------------------------------------------------------------------- autograd
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: Forward) -> None:
@@ -164,7 +163,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Forward) -> None:
 
 
 def _formula(operator: Operator) -> Kernel:
-    """The autograd formula of the forward operator: a shuffle of arguments, because it is traced into compiled graphs."""
+    """The autograd formula of the forward operator: a shuffle of arguments, since compiled graphs (and caches) hold it."""
 
     def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
         q, k, v, g, g_gamma, initial_state, cu_seqlens, o = ctx.saved_tensors
@@ -185,14 +184,13 @@ def _formula(operator: Operator) -> Kernel:
 def _forward_function(operator: Operator, run: Kernel) -> Any:
     """The forward operator as a differentiable function around `run`."""
 
-    class LinearAttention(private.SingleLevelFunction):  # type: ignore[misc]
+    class LinearAttention(private.SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Forward:
             output: Forward = run(*inputs)
             _save(ctx, inputs, output)
-            q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse = inputs
-            ctx.save_for_forward(q, k, v, g, g_gamma, initial_state, cu_seqlens)
-            ctx.output_final_state = output_final_state
+            ctx.save_for_forward(*inputs[:6], inputs[7])
+            ctx.output_final_state = inputs[6]
             return output
 
         backward = staticmethod(_formula(operator))
@@ -215,7 +213,7 @@ def _forward_function(operator: Operator, run: Kernel) -> Any:
 def _backward_function(operator: Operator, run: Kernel) -> Any:
     """The backward operator as a function with a reverse mode: double backward."""
 
-    class LinearAttentionBackward(private.SingleLevelFunction):  # type: ignore[misc]
+    class LinearAttentionBackward(private.SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Gradients:
             output: Gradients = run(*inputs)
@@ -280,7 +278,7 @@ def _no_forward_mode(kernel: Kernel) -> Kernel:
     return guarded
 
 
-# ------------------------------------------------------------------------------------------------------------------ vmap
+# ----------------------------------------------------------------------------------------------------------------- vmap
 
 # Where each tensor has its batch and its heads. g_gamma has no batch.
 _AXES: dict[str, tuple[int | None, int]] = dict.fromkeys(("q", "k", "v", "g", "o", "do"), (0, 2))
@@ -317,10 +315,10 @@ def _vmap(op: torch._ops.OpOverload, output_axes: Sequence[tuple[int | None, int
 
         def fold(name: str) -> Any:
             x = given[name]
-            if not isinstance(x, Tensor) or name not in _AXES or _AXES[name][which] is None:
+            axis = _AXES[name][which] if name in _AXES else None
+            if not isinstance(x, Tensor) or axis is None:
                 return x
-            axis: int = _AXES[name][which]  # type: ignore[assignment]
-            x = x.expand(size, *x.shape) if dims[name] is None else x.movedim(dims[name], 0)
+            x = x.expand(size, *x.shape) if dims[name] is None else x.movedim(dims[name] or 0, 0)
             return x.movedim(0, axis).flatten(axis, axis + 1)
 
         outputs, out_dims = [], []
@@ -348,9 +346,7 @@ def _legacy_vmap(rule: Kernel) -> Kernel:
         tensors = [torch._remove_batch_dim(x, level, 1, 0) if isinstance(x, Tensor) else None for x in inputs]
         size = max(x.shape[0] for x in tensors if x is not None)
         mapped = [x is not None and x.shape[0] == size for x in tensors]
-        unwrapped = [
-            x if y is None else y if m else y[0] for x, y, m in zip(inputs, tensors, mapped, strict=True)
-        ]
+        unwrapped = [x if y is None else y if m else y[0] for x, y, m in zip(inputs, tensors, mapped, strict=True)]
         outputs, dims = rule(SimpleNamespace(batch_size=size), tuple(0 if m else None for m in mapped), *unwrapped)
         # in front and contiguous: forward mode restrides its tensors
         return tuple(
@@ -361,7 +357,7 @@ def _legacy_vmap(rule: Kernel) -> Kernel:
     return kernel
 
 
-# -------------------------------------------------------------------------------------------------------------- autocast
+# ------------------------------------------------------------------------------------------------------------- autocast
 
 _CAST = ("q", "k", "v", "o", "do")
 _LOW = (torch.float32, torch.bfloat16, torch.float16)  # autocast leaves float64 alone
@@ -387,7 +383,7 @@ def autocast_kernel(op: torch._ops.OpOverload, device: str, forward: bool) -> Ke
     return kernel
 
 
-# ----------------------------------------------------------------------------------------------------------------- flops
+# ---------------------------------------------------------------------------------------------------------------- flops
 
 FLOP_CHUNK = 64
 
@@ -402,7 +398,7 @@ def flops(q: Sequence[int], v: Sequence[int], chunk: int, passes: int) -> int:
     return passes * B * T * HV * (2 * chunk * (K + V) + 4 * K * V)
 
 
-# -------------------------------------------------------------------------------------------------------------- operator
+# ------------------------------------------------------------------------------------------------------------- operator
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
@@ -496,13 +492,13 @@ class Operator:
     ) -> Forward:
         checks.options(scale, output_final_state=output_final_state, normalize=normalize, reverse=reverse)
         inputs = (q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
-        if private.AVAILABLE and not torch.compiler.is_compiling():
-            if plain(q, k, v, g, g_gamma, initial_state, cu_seqlens) and q is not None:
-                device = q.device.type
-                if device in self.kernels:
-                    if torch.is_grad_enabled() and private.any_requires_grad(q, k, v, g, g_gamma, initial_state):
-                        return self._eager[device](*inputs)  # type: ignore[no-any-return]
-                    return self.kernels[device](*inputs)  # type: ignore[no-any-return]
+        eager = private.AVAILABLE and not torch.compiler.is_compiling()
+        if eager and plain(q, k, v, g, g_gamma, initial_state, cu_seqlens) and q is not None:
+            device = q.device.type
+            if device in self.kernels:
+                if torch.is_grad_enabled() and private.any_requires_grad(q, k, v, g, g_gamma, initial_state):
+                    return self._eager[device](*inputs)
+                return self.kernels[device](*inputs)
         checks.tensors(
             q=q,
             k=k,
@@ -512,7 +508,7 @@ class Operator:
             initial_state_or_None=initial_state,
             cu_seqlens_or_None=cu_seqlens,
         )
-        return self.forward(*inputs)  # type: ignore[no-any-return]
+        return self.forward(*inputs)
 
     def _composite_backward(self, *inputs: Any) -> Gradients:
         """The backward operator by calls of the forward one."""

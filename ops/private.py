@@ -27,11 +27,13 @@ def _find(path: str) -> Any:
 
 
 try:
-    from torch._functorch.utils import enable_single_level_autograd_function as single_level
+    from torch._functorch.utils import enable_single_level_autograd_function as _single_level
 except ImportError:  # pragma: no cover - depends on the release of torch
     MISSING.append("torch._functorch.utils.enable_single_level_autograd_function")
+else:
+    single_level: Any = _single_level
 
-# The base class of torch.autograd.Function: one that runs at one functorch level, and so may sit inside a dispatcher key.
+# The base class of torch.autograd.Function: it runs at one functorch level, and so may sit inside a dispatcher key.
 SingleLevelFunction: Any = _find("autograd.function._SingleLevelFunction")
 # Guards that send a call to the kernels below the autograd, or the autocast, key.
 below_autograd: Any = _find("_C._AutoDispatchBelowAutograd")

@@ -2,9 +2,9 @@
 
     la::recurrent_step_(q, k, v, state!, g?, g_gamma?, state_indices?, scale?, normalize) -> o
 
-For generation. `state` is a pool of S slots and `state_indices` names the slot of each row; rows whose slot lies outside
-the pool are skipped: no state is touched, and their output is zero. An operator that writes its input has no derivative,
-so a call that would need one raises and names `la::recurrent`.
+For generation. `state` is a pool of S slots and `state_indices` names the slot of each row; rows whose slot lies
+outside the pool are skipped: no state is touched, and their output is zero. An operator that writes its input has no
+derivative, so a call that would need one raises and names `la::recurrent`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import checks
 from . import cuda, late, private
-from .operator import NAMESPACE, Kernel, arguments, autocast_kernel, define, flops, library, plain
+from .operator import NAMESPACE, Kernel, autocast_kernel, define, flops, library, plain
 
 op = define(
     "recurrent_step_",
@@ -39,7 +39,7 @@ def _checked(kernel: Kernel) -> Kernel:
     ) -> Tensor:
         checks.step(q, k, v, state, g, g_gamma, state_indices, normalize)
         scale = q.shape[2] ** -0.5 if scale is None else scale
-        return kernel(q, k, v, state, g, g_gamma, state_indices, scale, normalize)  # type: ignore[no-any-return]
+        return kernel(q, k, v, state, g, g_gamma, state_indices, scale, normalize)
 
     return step
 
@@ -65,8 +65,8 @@ def _refuse_derivatives(*inputs: Any) -> None:
     wanted = wanted or (private.forward_mode() and private.any_tangent(*tensors))
     if wanted:
         raise RuntimeError(
-            f"{NAMESPACE}::recurrent_step_ writes its state in place and has no derivative: an input requires a gradient "
-            f"or carries a tangent. Use {NAMESPACE}::recurrent, or call it under torch.no_grad()"
+            f"{NAMESPACE}::recurrent_step_ writes its state in place and has no derivative: an input requires a "
+            f"gradient or carries a tangent. Use {NAMESPACE}::recurrent, or call it under torch.no_grad()"
         )
 
 
@@ -111,14 +111,7 @@ def _count() -> None:
     register_flop_formula(op.overloadpacket)(formula)
 
 
-def _shard() -> None:
-    from . import sharding
-
-    sharding.register_step(op)
-
-
 late.when_imported("torch.utils.flop_counter", _count)
-late.when_imported("torch.distributed.tensor", _shard)
 
 
 def operator(
@@ -135,17 +128,14 @@ def operator(
     """The step through the dispatcher, or in plain eager calls around it."""
     checks.options(scale, normalize=normalize)
     inputs = (q, k, v, state, g, g_gamma, state_indices, scale, normalize)
-    if private.AVAILABLE and not torch.compiler.is_compiling():
-        if plain(q, k, v, state, g, g_gamma, state_indices) and q is not None and q.device.type in _kernels:
-            if torch.is_grad_enabled():
-                _refuse_derivatives(*inputs)
-            out: Tensor = _kernels[q.device.type](*inputs)
-            if not state.is_inference():
-                torch.autograd.graph.increment_version(state)
-            return out
+    eager = private.AVAILABLE and not torch.compiler.is_compiling()
+    if eager and plain(q, k, v, state, g, g_gamma, state_indices) and q is not None and q.device.type in _kernels:
+        if torch.is_grad_enabled():
+            _refuse_derivatives(*inputs)
+        out: Tensor = _kernels[q.device.type](*inputs)
+        if not state.is_inference():
+            torch.autograd.graph.increment_version(state)
+        return out
     optional = {"g_or_None": g, "g_gamma_or_None": g_gamma, "state_indices_or_None": state_indices}
     checks.tensors(q=q, k=k, v=v, state=state, **optional)
-    return op(*inputs)  # type: ignore[no-any-return]
-
-
-__all__ = ["arguments", "op", "operator"]
+    return op(*inputs)

@@ -19,6 +19,7 @@ With `normalize`, v grows a column of ones, so that the last column of the state
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -131,7 +132,7 @@ def _per_sequence(
     if initial_state is not None:
         S0 = S0 + initial_state.to(dtype)
     parts, states = [], []
-    for n, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(offsets)):
         S = S0 if cu_seqlens is None else S0[n : n + 1]
         inputs = [None if y is None else y[:, start:end] for y in (q, k, x, g)]
         if reverse:

@@ -5,6 +5,9 @@ redistributed by DTensor first. A gradient that is a sum over what is split come
 
 Heads are split only where every rank gets whole groups: value head h reads key head h // (HV / H), so a rank must hold
 the key heads of its value heads. That is so for equal head counts, and where the mesh divides H.
+
+`recurrent_step_` has no rule, so DTensor refuses it: DTensor takes every operator whose name ends in an underscore to
+write and return its first argument, and would hand back q. Decode with the local tensors (`DTensor.to_local`).
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from torch.distributed.tensor.placement_types import Placement
 Strategies = list[tuple[list[Placement | None], list[Placement | None]]]
 
 
-def _heads_divide(q: Any, v: Any, axis: int) -> bool:
-    H, HV = q.shape[axis], v.shape[axis]
+def _heads_divide(q: Any, v: Any) -> bool:
+    H, HV = q.shape[2], v.shape[2]
     return bool(H == HV or H % math.prod(q.mesh.shape) == 0)
 
 
@@ -37,7 +40,7 @@ def register(forward: torch._ops.OpOverload, backward: torch._ops.OpOverload) ->
     def choices(q: Any, v: Any, cu_seqlens: Any) -> list[tuple[Placement, Placement, Placement, Placement]]:
         """(q, k, v, g and their kind; states; g_gamma; the gradient of g_gamma) for each way to split."""
         found: list[tuple[Placement, Placement, Placement, Placement]] = [(R, R, R, R)]
-        if _heads_divide(q, v, 2):
+        if _heads_divide(q, v):
             found.append((heads, state_heads, batch, batch))
         if cu_seqlens is None:
             found.append((batch, batch, R, Partial()))
@@ -45,11 +48,11 @@ def register(forward: torch._ops.OpOverload, backward: torch._ops.OpOverload) ->
 
     @register_sharding(forward)
     def _(
-        q: Any, k: Any, v: Any, g: Any, g_gamma: Any, S0: Any, want_state: bool, cu: Any, scale: Any, norm: Any, rev: Any
+        q: Any, k: Any, v: Any, g: Any, g_gamma: Any, S0: Any, state: bool, cu: Any, scale: Any, norm: Any, rev: Any
     ) -> Strategies:
         return [
             (
-                [x, s if want_state else None],
+                [x, s if state else None],
                 [x, x, x, *_where([(g, x), (g_gamma, gamma), (S0, s)]), None, *_where([(cu, R)]), None, None, None],
             )
             for x, s, gamma, _ in choices(q, v, cu)
@@ -82,22 +85,4 @@ def register(forward: torch._ops.OpOverload, backward: torch._ops.OpOverload) ->
                 ],
             )
             for x, s, gamma, dgamma in choices(q, v, cu)
-        ]
-
-
-def register_step(op: torch._ops.OpOverload) -> None:
-    """The rule of `recurrent_step_`. Rows that share a pool of slots are not split by batch."""
-    R = Replicate()
-
-    @register_sharding(op)
-    def _(
-        q: Any, k: Any, v: Any, state: Any, g: Any, g_gamma: Any, indices: Any, scale: Any, norm: Any
-    ) -> Strategies:
-        rows: list[tuple[Placement, Placement]] = [(R, R)]
-        if _heads_divide(q, v, 1):
-            rows.append((Shard(1), Shard(0)))
-        if indices is None:
-            rows.append((Shard(0), R))
-        return [
-            ([x], [x, x, x, x, *_where([(g, x), (g_gamma, gamma), (indices, R)]), None, None]) for x, gamma in rows
         ]

@@ -1,7 +1,7 @@
 """Causal linear attention as a first-class PyTorch operator.
 
-Importing this package registers the operators `torch.ops.la.chunk`, `fused_chunk`, `recurrent`, their backward operators,
-and `recurrent_step_`. It touches no GPU and imports no Triton.
+Importing this package registers the operators `torch.ops.la.chunk`, `fused_chunk`, `recurrent`, their backward
+operators, and `recurrent_step_`. It touches no GPU and imports no Triton.
 
 - `linear_attention`: picks an operator from the shapes
 - `chunk`, `fused_chunk`, `recurrent`: the operators by name

@@ -1,15 +1,16 @@
 """Every rule of the operators' contract, checked before any kernel runs.
 
-Each rule raises ValueError (a shape, a value, a combination) or TypeError (a dtype, a device, a Python type). The message
-names the argument and shows what came. The kernels and the fake functions call the same rules, so a mistake surfaces with
-the same words in eager mode and while tracing. Sizes may be symbolic: a comparison that the tracer cannot decide becomes
-a guard or a run-time assertion.
+Each rule raises ValueError (a shape, a value, a combination) or TypeError (a dtype, a device, a Python type). The
+message names the argument and shows what came. The kernels and the fake functions call the same rules, so a mistake
+surfaces with the same words in eager mode and while tracing. Sizes may be symbolic: a comparison that the tracer cannot
+decide becomes a guard or a run-time assertion.
 
     B batch   T time   H key heads   HV value heads   K key width   V value width   N states   S slots of a state pool
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,9 +45,7 @@ def _shape(name: str, x: Tensor, wanted: Sequence[Any], letters: str) -> None:
     for size, right in zip(x.shape, wanted, strict=True):
         same = size == right
         if same is not True:
-            _require(
-                same, lambda: f"{name} must be [{letters}] = {tuple(wanted)}: got {name}.shape={tuple(x.shape)}"
-            )
+            _require(same, lambda: f"{name} must be [{letters}] = {tuple(wanted)}: got {name}.shape={tuple(x.shape)}")
 
 
 def _dtype(name: str, x: Tensor, right: torch.dtype, why: str) -> None:
@@ -81,6 +80,15 @@ def options(scale: Any, **flags: Any) -> None:
             raise TypeError(f"{name} must be a bool: got {name}={flag!r} ({type(flag).__name__})")
 
 
+def _width(name: str, x: Tensor) -> None:
+    _require(x.shape[-1] > 0, lambda: f"{name} has width 0: got {name}.shape={tuple(x.shape)}")
+    if x.is_cuda:
+        _require(
+            x.shape[-1] <= MAX_WIDTH_CUDA,
+            lambda: f"{name} may be at most {MAX_WIDTH_CUDA} wide on CUDA: got {name}.shape={tuple(x.shape)}",
+        )
+
+
 def _qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What q, k and v share in every operator, once their numbers of dimensions are right."""
     H, HV = q.shape[-2], v.shape[-2]
@@ -89,15 +97,8 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         HV % H == 0,
         lambda: f"v must have a multiple of the heads of q: got v.shape={tuple(v.shape)}, q.shape={tuple(q.shape)}",
     )
-    for name, x in (("q", q), ("v", v)):
-        _require(x.shape[-1] > 0, lambda name=name, x=x: f"{name} has width 0: got {name}.shape={tuple(x.shape)}")  # type: ignore[misc]
-        if x.is_cuda:
-            _require(
-                x.shape[-1] <= MAX_WIDTH_CUDA,
-                lambda name=name, x=x: (  # type: ignore[misc]
-                    f"{name} may be at most {MAX_WIDTH_CUDA} wide on CUDA: got {name}.shape={tuple(x.shape)}"
-                ),
-            )
+    _width("q", q)
+    _width("v", v)
     if q.dtype not in DTYPES:
         raise TypeError(f"q must be float32, bfloat16, float16 or (on the CPU) float64: got q.dtype={q.dtype}")
     if q.dtype == torch.float64 and q.is_cuda:
@@ -129,8 +130,10 @@ def _state(name: str, state: Tensor, q: Tensor, v: Tensor, rows: Any, letter: st
     if normalize:
         _require(
             state.shape[-1] != V,
-            lambda: f"{name} lacks z: with normalize=True it has V + 1 = {V + 1} columns, z the last: "
-            f"got {name}.shape={tuple(state.shape)}",
+            lambda: (
+                f"{name} lacks z: with normalize=True it has V + 1 = {V + 1} columns, z the last: "
+                f"got {name}.shape={tuple(state.shape)}"
+            ),
         )
     columns = V + 1 if normalize else V
     letters = f"{letter}, HV, K, V + 1" if normalize else f"{letter}, HV, K, V"
@@ -182,7 +185,7 @@ def attention(
 def offsets(cu_seqlens: Tensor, T: int) -> list[int]:
     """The offsets as a list, checked. For the CPU only: on CUDA nothing is copied to the host."""
     values: list[int] = cu_seqlens.tolist()
-    if values[0] < 0 or values[-1] > T or any(a > b for a, b in zip(values[:-1], values[1:], strict=True)):
+    if values[0] < 0 or values[-1] > T or any(a > b for a, b in itertools.pairwise(values)):
         raise ValueError(f"cu_seqlens must rise from 0 or more to at most T = {T}: got cu_seqlens={values}")
     return values
 

@@ -1,7 +1,8 @@
 """The fixed log-decays of real checkpoints, by name, for `g_gamma`.
 
-Each function returns [heads] float32 log-decays, natural logarithm, at most 0. They build from ALiBi slopes (or RetNet's
-own), each with the layer factor that its checkpoints were trained with; the four factors differ, so use the right name.
+Each function returns [heads] float32 log-decays, natural logarithm, at most 0. They build from ALiBi slopes (or
+RetNet's own), each with the layer factor that its checkpoints were trained with; the factors differ, so use the right
+name.
 
 Heads count globally: under tensor parallelism build for all heads and take your shard. `layer` counts from 0.
 """

@@ -6,7 +6,8 @@ Every function takes the same arguments with the same defaults:
     K key width   V value width   N states: B, or the number of packed sequences
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T         S: [K, V], float32
-    o_t = scale * q_t S_t                      normalize: divided by scale * q_t z_t + 1e-10, z_t = exp(g_t) z_{t-1} + k_t
+    o_t = scale * q_t S_t
+    o_t = scale * q_t S_t / (scale * q_t z_t + 1e-10), z_t = exp(g_t) z_{t-1} + k_t         with normalize
 
 Source of the formula: Katharopoulos et al. 2020 (https://arxiv.org/abs/2006.16236), with the decay of RetNet
 (https://arxiv.org/abs/2307.08621) and the data-dependent scalar decay of Mamba-2 (https://arxiv.org/abs/2405.21060).
@@ -23,18 +24,20 @@ from . import checks, ops
 
 _ARGUMENTS = """
     Args:
-        q: queries [B, T, H, K]; float32, bfloat16, float16, and float64 on the CPU. Any strides; where the last dimension
-            is contiguous nothing is copied, so slices of a packed qkv projection may be passed as they are.
+        q: queries [B, T, H, K]; float32, bfloat16, float16, and float64 on the CPU. Any strides; where the last
+            dimension is contiguous nothing is copied, so slices of a packed qkv projection may be passed as they are.
         k: keys [B, T, H, K], dtype and device of q.
         v: values [B, T, HV, V], dtype and device of q.
-        g: log-decay of each token and value head [B, T, HV], natural logarithm, any floating dtype. Usually at most 0; above
-            0 the state grows. None: no decay.
-        g_gamma: one log-decay for each value head [HV], the same at every token (see `torch_la.decay`). Not together with g.
-        initial_state: [N, HV, K, V], or [N, HV, K, V + 1] with `normalize`, whose last column is z. float32 (float64 for
-            float64 inputs), any strides. None: zeros.
+        g: log-decay of each token and value head [B, T, HV], natural logarithm, any floating dtype. Usually at most 0;
+            above 0 the state grows. None: no decay.
+        g_gamma: one log-decay for each value head [HV], the same at every token (see `torch_la.decay`). Not together
+            with g.
+        initial_state: [N, HV, K, V], or [N, HV, K, V + 1] with `normalize`, whose last column is z. float32 (float64
+            for float64 inputs), any strides. None: zeros.
         output_final_state: return the state after the last token too.
-        cu_seqlens: [N + 1] int32 or int64 on the device of q: sequence n is the tokens cu_seqlens[n] to cu_seqlens[n + 1].
-            B must be 1. Empty sequences are legal. Tokens past the last offset give zeros. The host never reads it on CUDA.
+        cu_seqlens: [N + 1] int32 or int64 on the device of q: sequence n is the tokens cu_seqlens[n] to
+            cu_seqlens[n + 1]. B must be 1. Empty sequences are legal. Tokens past the last offset give zeros. On CUDA
+            the host never reads it.
         scale: factor on q; default K ** -0.5.
         normalize: divide by the running sum of the attention weights, in float32.
         reverse: run from the last token to the first: flip in time, run, flip back.
@@ -118,7 +121,7 @@ def recurrent(
     )
 
 
-# Below this many tokens the recurrence is the cheaper form; at or above this many programs one walk per head fills a GPU.
+# Up to this many tokens the recurrence is the cheaper form; from this many walks on, one walk per head fills a GPU.
 RECURRENT_TOKENS = 8
 FILLING_PROGRAMS = 128
 
@@ -150,9 +153,7 @@ def linear_attention(
         heads, width = (v.shape[2], v.shape[3]) if isinstance(v, Tensor) and v.ndim == 4 else (1, 1)
         filling = not _at_most(rows * heads * ((width + 63) // 64), FILLING_PROGRAMS - 1)
         operator = ops.fused_chunk.operator if filling else ops.chunk.operator
-    return operator(  # type: ignore[no-any-return]
-        q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse
-    )
+    return operator(q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
 
 
 def _at_most(size: Any, bound: int) -> bool:
@@ -183,8 +184,8 @@ def recurrent_step(
         state: the states [B, HV, K, V], or a pool of S slots [S, HV, K, V]; one column wider with `normalize`. float32
             (float64 for float64 inputs), any strides. Written in place.
         g: log-decay [B, HV], or None. g_gamma: log-decay per head [HV], or None.
-        state_indices: [B] int32 or int64, the slot of each row. Rows whose slot lies outside 0 to S - 1 are skipped: no state
-            is touched and their output is zero. Two rows must not name the same slot. None: row b owns state b.
+        state_indices: [B] int32 or int64, the slot of each row. Rows whose slot lies outside 0 to S - 1 are skipped: no
+            state is touched and their output is zero. Two rows must not name the same slot. None: row b owns state b.
         scale: default K ** -0.5. normalize: as in `recurrent`.
 
     Returns:
