@@ -41,6 +41,8 @@ def _ndim(name: str, x: Tensor, letters: str) -> None:
 
 
 def _shape(name: str, x: Tensor, wanted: Sequence[Any], letters: str) -> None:
+    if type(x) is Tensor and x.shape == wanted:
+        return  # plain sizes, and right: most calls are
     _ndim(name, x, letters)
     for size, right in zip(x.shape, wanted, strict=True):
         same = size == right
@@ -80,35 +82,34 @@ def options(scale: Any, **flags: Any) -> None:
             raise TypeError(f"{name} must be a bool: got {name}={flag!r} ({type(flag).__name__})")
 
 
-def _width(name: str, x: Tensor) -> None:
-    _require(x.shape[-1] > 0, lambda: f"{name} has width 0: got {name}.shape={tuple(x.shape)}")
-    if x.is_cuda:
-        _require(
-            x.shape[-1] <= MAX_WIDTH_CUDA,
-            lambda: f"{name} may be at most {MAX_WIDTH_CUDA} wide on CUDA: got {name}.shape={tuple(x.shape)}",
-        )
-
-
 def _qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What q, k and v share in every operator, once their numbers of dimensions are right."""
-    H, HV = q.shape[-2], v.shape[-2]
+    (H, K), (HV, V) = q.shape[-2:], v.shape[-2:]
     _require(H > 0, lambda: f"q must have at least one head: got q.shape={tuple(q.shape)}")
     _require(
         HV % H == 0,
         lambda: f"v must have a multiple of the heads of q: got v.shape={tuple(v.shape)}, q.shape={tuple(q.shape)}",
     )
-    _width("q", q)
-    _width("v", v)
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be float32, bfloat16, float16 or (on the CPU) float64: got q.dtype={q.dtype}")
-    if q.dtype == torch.float64 and q.is_cuda:
-        raise TypeError(f"q may be float64 only on the CPU: got q.dtype={q.dtype}, q.device={q.device}")
-    for name, x in (("k", k), ("v", v)):
-        _dtype(name, x, q.dtype, "like q")
-        _device(name, x, q)
+    _require(K > 0, lambda: f"q has width 0: got q.shape={tuple(q.shape)}")
+    _require(V > 0, lambda: f"v has width 0: got v.shape={tuple(v.shape)}")
+    dtype = q.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"q must be float32, bfloat16, float16 or (on the CPU) float64: got q.dtype={dtype}")
+    if q.is_cuda:
+        wide = f"may be at most {MAX_WIDTH_CUDA} wide on CUDA"
+        _require(K <= MAX_WIDTH_CUDA, lambda: f"q {wide}: got q.shape={tuple(q.shape)}")
+        _require(V <= MAX_WIDTH_CUDA, lambda: f"v {wide}: got v.shape={tuple(v.shape)}")
+        if dtype == torch.float64:
+            raise TypeError(f"q may be float64 only on the CPU: got q.dtype={dtype}, q.device={q.device}")
+    _dtype("k", k, dtype, "like q")
+    _dtype("v", v, dtype, "like q")
+    _device("k", k, q)
+    _device("v", v, q)
 
 
 def _gates(g: Tensor | None, g_gamma: Tensor | None, q: Tensor, wanted: Sequence[Any], letters: str) -> None:
+    if g is None and g_gamma is None:
+        return
     if g is not None and g_gamma is not None:
         raise ValueError(
             f"g and g_gamma exclude each other: got g.shape={tuple(g.shape)} and g_gamma.shape={tuple(g_gamma.shape)}"
@@ -161,10 +162,11 @@ def attention(
     _ndim("q", q, "B, T, H, K")
     _shape("k", k, q.shape, "B, T, H, K")
     _ndim("v", v, "B, T, HV, V")
-    B, T = q.shape[:2]
-    _shape("v", v, (B, T, *v.shape[2:]), "B, T, HV, V")
+    B, T, _, _ = q.shape
+    _, _, HV, V = v.shape
+    _shape("v", v, (B, T, HV, V), "B, T, HV, V")
     _qkv(q, k, v)
-    _gates(g, g_gamma, q, (B, T, v.shape[2]), "B, T, HV")
+    _gates(g, g_gamma, q, (B, T, HV), "B, T, HV")
     if cu_seqlens is not None:
         _ndim("cu_seqlens", cu_seqlens, "N + 1")
         _require(

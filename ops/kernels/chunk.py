@@ -16,7 +16,7 @@ that read the same tokens run together, and share them through L2.
 import triton
 import triton.language as tl
 
-from .walk import rows, walk, walk_tokens
+from .walk import operand, rows, walk, walk_tokens
 
 
 @triton.jit
@@ -222,15 +222,15 @@ def normaliser(
         if C == 1:
             P = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)[:, None]
         else:
-            P = tl.dot(xq, tl.trans(xk), input_precision=PRECISION)
+            xq = operand(xq, q.dtype.element_ty, PRECISION)
+            P = tl.dot(xq, tl.trans(operand(xk, k.dtype.element_ty, PRECISION)), input_precision=PRECISION)
         xq = xq.to(tl.float32)
         xk = xk.to(tl.float32)
         dot = rows(o, HV * V, t, i, live, n, V, BV).to(tl.float32) * rows(do, do_t, t, i, live, n, V, BV).to(tl.float32)
         if GATE == 1:
             end = tl.load(G + row + t + (0 if REVERSE else count - 1))
             R = tl.load(G + row + t + i, mask=live, other=0.0)
-            if not REVERSE:
-                R = tl.where(live, R, end)
+            R = tl.where(live, R, 0.0 if REVERSE else end)
         elif GATE == 2:
             end = gamma2 * count
             R = gamma2 * (tl.maximum(count - i, 0) if REVERSE else tl.minimum(i + 1, count))

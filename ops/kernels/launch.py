@@ -29,7 +29,7 @@ from .segments import segment_table as _segment_table
 from .step import step as _step
 
 SHORTEST = 1024  # tokens of a segment: shorter ones move more bytes of states than of tokens
-LONGEST_WITH_DG = 512  # rounding error of dg gathers within a segment: docs/kernels.md
+LONGEST_WITH_DG = 4096  # dg is one block of a segment's tokens, and its rounding error gathers: docs/kernels.md
 DENSE, PACKED, PACKED_CUT = 0, 1, 2  # the layouts of chunk.py
 
 
@@ -104,7 +104,7 @@ def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normali
     length = T
     if kernel == "backward" or op == "chunk":
         wanted = 2 * _processors(q.device.index if q.is_cuda else None)
-        if cu is None or B * programs < wanted:
+        if 1.1 * B * programs < wanted:
             length = max(SHORTEST, -(-T * B * programs // wanted))
         if cap is not None:
             length = min(length, cap)
@@ -334,7 +334,7 @@ def backward(
                 rho, edge, _or(dg, rho), part, plan.cu, plan.table,
                 T, N, HV, plan.cuts, plan.length, plan.slots, B * HV,
                 TILES=TK, REVERSE=reverse, LAYOUT=plan.layout, SUM=wants_dgamma,
-                BL=_power(plan.length), num_warps=4,
+                BL=_power(plan.length), num_warps=8,
             )  # fmt: skip
             if wants_dgamma:
                 dgamma = part.sum(0).to(g_gamma.dtype)

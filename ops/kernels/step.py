@@ -50,9 +50,9 @@ def step(
     state += slot * s_n + h * s_h
     rden = 1.0
     if NORMALIZE:
-        p = state + m.to(tl.int64) * s_k + V * s_v
-        z = tl.load(p, mask=(m < K) & valid, other=0.0) * gain + xk
-        tl.store(p, z, mask=(m < K) & valid)
+        pz = state + m.to(tl.int64) * s_k + V * s_v
+        z = tl.load(pz, mask=(m < K) & valid, other=0.0) * gain + xk
+        tl.store(pz, z, mask=(m < K) & valid)
         rden = 1.0 / (tl.sum(xq * z, 0) + EPS)
     for j in range(TILES // PROGRAMS):
         n = (j if NORMALIZE else pid % TILES) * BN + tl.arange(0, BN)

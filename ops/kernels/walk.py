@@ -43,6 +43,15 @@ HEAD_GATE = tl.constexpr(2)  # g_gamma: R is a multiple of the head's decay
 
 
 @triton.jit
+def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x as an operand of a matrix product. The units cut float32 off after 10 bits; half a unit more makes it rounding."""
+    x = x.to(DTYPE)
+    if DTYPE == tl.float32 and PRECISION == "tf32":
+        x = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def rows(p, stride, t, i, live, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Tile [C, BLOCK] of a [T, WIDTH] tensor from token t on; zeros outside."""
     p = p + t * stride + i[:, None] * stride + col[None, :]
@@ -101,6 +110,10 @@ def walk(
     """Walks the tokens [t0, t1) by chunks, writes out, and returns the state at the end of the walk."""
     MIRROR: tl.constexpr = ROLE >= 2
     BACK: tl.constexpr = REVERSE != MIRROR  # walks from t1 down to t0
+    DTYPE: tl.constexpr = b.dtype.element_ty
+    # dg is a sum of q.dq - k.dk, where each pair of tokens must cancel. Within a chunk both have the same rounded P. Across
+    # chunks, one rounds S and the other U c: so both go through the matrix units twice, the second time what was rounded off.
+    TWICE: tl.constexpr = RHO and PRECISION != "ieee"
     i = tl.arange(0, C)
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
@@ -110,21 +123,21 @@ def walk(
         t = t0 + (chunks - 1 - step if BACK else step) * C
         count = tl.minimum(t1 - t, C).to(tl.int32)
         live = i < count
-        xb = rows(b, b_t, t, i, live, m, M, BM)
-        xc = rows(c, c_t, t, i, live, n, N, BN)
+        xb = operand(rows(b, b_t, t, i, live, m, M, BM), DTYPE, PRECISION)
+        xc = operand(rows(c, c_t, t, i, live, n, N, BN), DTYPE, PRECISION)
 
-        # decays; a token past the end has gate 0
+        # decays; a token past the end takes the R of its neighbour, so that no exponent is positive
         if GATE == 1:
+            head = tl.load(gate + t + (count - 1 if REVERSE else 0))
             end = tl.load(gate + t + (0 if REVERSE else count - 1))
             R = tl.load(gate + t + i, mask=live, other=0.0)
-            if not REVERSE:
-                R = tl.where(live, R, end)
+            R = tl.where(live, R, head if REVERSE else end)
         elif GATE == 2:
+            head = gamma
             end = gamma * count
-            R = gamma * (tl.maximum(count - i, 0) if REVERSE else tl.minimum(i + 1, count))
+            R = gamma * (tl.maximum(count - i, 1) if REVERSE else tl.minimum(i + 1, count))
         if GATE != 0:
             if MIRROR:
-                head = gamma if GATE == 2 else tl.load(gate + t + (count - 1 if REVERSE else 0))
                 U = tl.exp2((R - head).to(tl.float32))
                 D = tl.exp2((end - R).to(tl.float32) + due)
                 gain = tl.exp2((end - head).to(tl.float32) + due)
@@ -140,9 +153,12 @@ def walk(
             dd = tl.load(dden + t + i, mask=live, other=0.0)
 
         if OUT:
-            xa = rows(a, a_t, t, i, live, m, M, BM)
+            xa = operand(rows(a, a_t, t, i, live, m, M, BM), DTYPE, PRECISION)
             P = tl.dot(xa, tl.trans(xb), input_precision=PRECISION)
-            y = tl.dot(xa, S.to(xa.dtype), input_precision=PRECISION)
+            high = operand(S, DTYPE, PRECISION)
+            y = tl.dot(xa, high, input_precision=PRECISION)
+            if TWICE:
+                y = tl.dot(xa, operand(S - high.to(tl.float32), DTYPE, PRECISION), y, input_precision=PRECISION)
             if NORMALIZE:  # do carries the factor rden; dden is its column that meets the ones of v
                 if ROLE == 1:
                     P = P * w[:, None] + dd[:, None]
@@ -165,7 +181,7 @@ def walk(
             P = tl.where(keep, P, 0.0)
             if GATE != 0:
                 y = y * D[:, None]
-            y = tl.dot(P.to(xc.dtype), xc, y, input_precision=PRECISION)
+            y = tl.dot(operand(P, DTYPE, PRECISION), xc, y, input_precision=PRECISION)
             if RHO:
                 xx = rows(x, x_t, t, i, live, n, N, BN)
                 tl.store(rho + t + i, scale * tl.sum(xx.to(tl.float32) * y, 1), mask=live)
@@ -196,8 +212,13 @@ def walk(
         if GATE != 0:
             S = S * gain
         if GATE != 0 or (NORMALIZE and MIRROR):
-            xc = (xc.to(tl.float32) * U[:, None]).to(xc.dtype)
-        S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION)
+            xc = xc.to(tl.float32) * U[:, None]
+            high = operand(xc, DTYPE, PRECISION)
+            S = tl.dot(tl.trans(xb), high, S, input_precision=PRECISION)
+            if TWICE:
+                S = tl.dot(tl.trans(xb), operand(xc - high.to(tl.float32), DTYPE, PRECISION), S, input_precision=PRECISION)
+        else:
+            S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION)
     if MIRROR and GATE != 0:
         S = S * tl.exp2(due)
         z = z * tl.exp2(due)
