@@ -1,13 +1,14 @@
-"""The operators on a CPU: batched ATen products, one loop over chunks, memory linear in T, float64 included.
+"""The operators on a CPU: batched ATen products, one loop over segments, memory linear in T, float64 included.
 
-- `chunk_forward`, `chunk_backward`: by chunks of C tokens, the state carried from chunk to chunk. The chunk is the unit
-  of work so that its products stay in the cache.
+- `chunk_forward`, `chunk_backward`: by chunks of C tokens. A segment of n chunks is the unit of work: large enough that
+  the calls themselves cost little, small enough that its products stay in the cache.
 - `recurrent_forward`, `recurrent_backward`: the definition, one token at a time.
 - `step_`: one token, the state updated in place.
 
 Arguments are those of the operators (see `torch_la.checks`), already checked. Inside, time stands next to the widths:
 
-    [B, H, G, C, width]     B batch   H key heads   G value heads that share a key head   C tokens of a chunk
+    [B, H, G, n, C, width]     B batch   H key heads   G value heads that share a key head
+                               n chunks of a segment   C tokens of a chunk
 
 so that q and k, whose G is 1, broadcast over their group. States are [B, H, G, K, V], in float32 (float64 for float64).
 `reference.chunk` explains the three steps of a chunk; the gradients are proved in docs/mathematics.
@@ -26,22 +27,28 @@ from .. import checks
 from .reference import EPS
 
 CHUNK = 64
+SEGMENT = 1 << 18  # elements of q, k or v in a segment: 1 MiB of float32, so that a few of them share a core's cache
 # exp(-128) is 0 in float32 and exp(-1000) in float64: a stronger decay is the same decay. The bound keeps -inf, and the
 # sums of huge log-decays, from turning into NaN or losing the digits of their weak neighbours.
 STRONGEST = {torch.float32: -128.0, torch.float64: -1000.0}
+
+# The vector library behind `exp` sets its accuracy up in its first call. If that call is a parallel one, another thread
+# may run before it is done: the first decays of a process then had errors of 1e-9 in float64, in one process out of ten.
+# So: one call first that is not parallel.
+torch.zeros(1, dtype=torch.float64).exp_()
 
 
 class Decay(NamedTuple):
     """How a chunk decays what passes through it. None instead of a Decay: nothing decays."""
 
-    within: Tensor  # [B, H, G, C, C]  W_ij = exp(G_i - G_j) for j <= i, else 0: from token j to token i
-    before: Tensor  # [B, H, G, C, 1]  exp(G_i): from the start of the chunk to token i
-    after: Tensor  # [B, H, G, C, 1]  exp(G_end - G_j): from token j to the end of the chunk
-    whole: Tensor  # [B, H, G, 1, 1]  exp(G_end)
+    within: Tensor  # [B, H, G, n, C, C]  W_ij = exp(G_i - G_j) for j <= i, else 0: from token j to token i
+    before: Tensor  # [B, H, G, n, C, 1]  exp(G_i): from the start of the chunk to token i
+    after: Tensor  # [B, H, G, n, C, 1]  exp(G_end - G_j): from token j to the end of the chunk
+    whole: Tensor  # [B, H, G, n, 1, 1]  exp(G_end)
 
 
 def _decay(gate: Tensor | None, dtype: torch.dtype) -> Decay | None:
-    """gate: [B, H, G, C] log-decays in float64, where their sums keep the digits that float32 differences need."""
+    """gate: [B, H, G, n, C] log-decays in float64, where their sums keep the digits that float32 differences need."""
     if gate is None:
         return None
     G = gate.cumsum(-1)
@@ -53,7 +60,7 @@ def _decay(gate: Tensor | None, dtype: torch.dtype) -> Decay | None:
 
 
 class _Sequence:
-    """One batch of equally long sequences (all rows, or one packed sequence), read chunk by chunk in walking order."""
+    """One batch of equally long sequences (all rows, or one packed sequence), read by segments in walking order."""
 
     def __init__(
         self,
@@ -65,28 +72,36 @@ class _Sequence:
         constant_gate: bool,
         reverse: bool,
         chunk: int,
+        chunks: int,
     ) -> None:
         self.start, self.end, self.H, self.dtype, self.reverse = start, end, H, dtype, reverse
-        self.gate, self.constant_gate, self.chunk = gate, constant_gate, chunk
+        self.gate, self.constant_gate, self.chunk, self.chunks = gate, constant_gate, chunk, chunks
         self._constant: dict[int, Decay | None] = {}
 
     def __iter__(self) -> Iterator[slice]:
-        """The chunks, in walking order."""
-        if not self.reverse:
-            starts = range(self.start, self.end, self.chunk)
-            return (slice(t, min(t + self.chunk, self.end)) for t in starts)
-        ends = range(self.end, self.start, -self.chunk)
-        return (slice(max(t - self.chunk, self.start), t) for t in ends)
+        """The segments, in walking order: whole chunks, and at the end of the walk what is left of one."""
+        length = self.end - self.start
+        rest = length % self.chunk
+        cuts = [*range(0, length - rest, self.chunk * self.chunks), length - rest]
+        if rest:
+            cuts.append(length)
+        for a, b in itertools.pairwise(cuts):
+            yield slice(self.end - b, self.end - a) if self.reverse else slice(self.start + a, self.start + b)
+
+    def _chunks(self, at: slice) -> tuple[int, int]:
+        length = at.stop - at.start
+        return (length // self.chunk, self.chunk) if length >= self.chunk else (1, length)
 
     def read(self, x: Tensor, at: slice) -> Tensor:
-        """[B, T, heads, width] -> [B, H, heads / H, C, width] in walking order."""
-        x = x[:, at].unflatten(2, (self.H, -1)).permute(0, 2, 3, 1, 4).to(self.dtype)
-        return x.flip(3) if self.reverse else x
+        """[B, T, heads, width] -> [B, H, heads / H, n, C, width] in walking order."""
+        x = x[:, at].to(self.dtype)
+        x = x.flip(1) if self.reverse else x
+        return x.unflatten(1, self._chunks(at)).unflatten(3, (self.H, -1)).permute(0, 3, 4, 1, 2, 5)
 
     def write(self, into: Tensor, at: slice, x: Tensor) -> None:
         """The inverse of `read`, into a tensor [B, T, heads, width] of any dtype."""
-        x = x.flip(3) if self.reverse else x
-        into[:, at].copy_(x.permute(0, 3, 1, 2, 4).flatten(2, 3))
+        x = x.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(1, 2)
+        into[:, at].copy_(x.flip(1) if self.reverse else x)
 
     def decay(self, at: slice) -> Decay | None:
         length = at.stop - at.start
@@ -94,8 +109,9 @@ class _Sequence:
             return self._constant[length]
         gate = None
         if self.gate is not None:
-            gate = self.gate[:, at].unflatten(2, (self.H, -1)).permute(0, 2, 3, 1)
-            gate = (gate.flip(3) if self.reverse else gate).to(torch.float64).clamp(min=STRONGEST[self.dtype])
+            gate = self.gate[:, at].unsqueeze(3).to(torch.float64).clamp(min=STRONGEST[self.dtype])
+            gate = gate.flip(1) if self.reverse else gate
+            gate = gate.unflatten(1, self._chunks(at)).unflatten(3, (self.H, -1)).permute(0, 3, 4, 1, 2, 5).squeeze(5)
         decay = _decay(gate, self.dtype)
         if self.constant_gate:
             self._constant[length] = decay
@@ -112,14 +128,15 @@ def _sequences(
     chunk: int,
 ) -> list[tuple[_Sequence, slice]]:
     """Every sequence with the rows of the state that are its own: all of them at once unless they are packed."""
-    T, H = q.shape[1:3]
+    B, T, H, K = q.shape
+    chunks = max(1, SEGMENT // (max(B, 1) * v.shape[2] * CHUNK * max(K, v.shape[3]))) if chunk > 1 else 1
     gate = g
     if g_gamma is not None:
         gate = g_gamma.expand(1, T, -1)
     cuts = [0, T] if cu_seqlens is None else checks.offsets(cu_seqlens, T)
     return [
         (
-            _Sequence(start, end, H, checks.state_dtype(q), gate, g is None, reverse, chunk),
+            _Sequence(start, end, H, checks.state_dtype(q), gate, g is None, reverse, chunk, chunks),
             slice(None) if cu_seqlens is None else slice(n, n + 1),
         )
         for n, (start, end) in enumerate(itertools.pairwise(cuts))
@@ -151,11 +168,22 @@ def _causal(scores: Tensor, decay: Decay | None) -> Tensor:
     return scores.tril() if decay is None else scores * decay.within
 
 
-def _advance(S: Tensor, b: Tensor, c: Tensor, decay: Decay | None) -> Tensor:
-    """The state at the end of a chunk, from the state at its start."""
-    if decay is None:
-        return S + b.mT @ c
-    return decay.whole * S + b.mT @ (decay.after * c)
+def _added(b: Tensor, c: Tensor, decay: Decay | None) -> Tensor:
+    """What each chunk adds to the state: [B, H, G, n, K, V]."""
+    return b.mT @ (c if decay is None else decay.after * c)
+
+
+def _scan(S: Tensor, added: Tensor, decay: Decay | None, backward: bool = False) -> tuple[Tensor, Tensor]:
+    """The state in which the walk enters each chunk [B, H, G, n, K, V], and the one in which it leaves the last.
+
+    `backward`: the walk enters the last chunk first, as the gradient of the state does.
+    """
+    states = torch.empty_like(added)
+    order = range(added.shape[3])
+    for i in reversed(order) if backward else order:
+        states[:, :, :, i] = S
+        S = added[:, :, :, i] + S if decay is None else torch.addcmul(added[:, :, :, i], decay.whole[:, :, :, i], S)
+    return states, S
 
 
 def chunk_forward(
@@ -178,14 +206,14 @@ def chunk_forward(
         for at in sequence:
             a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
             decay = sequence.decay(at)
-            before = a @ S
+            states, S = _scan(S, _added(b, c, decay), decay)
+            before = a @ states
             if decay is not None:
                 before *= decay.before
             out = before + _causal(a @ b.mT, decay) @ c
             if normalize:
                 out = out[..., :-1] / (out[..., -1:] + EPS)
             sequence.write(o, at, out)
-            S = _advance(S, b, c, decay)
         if output_final_state:
             state[rows] = S
     return o, state.flatten(1, 2) if output_final_state else None
@@ -213,14 +241,16 @@ def chunk_backward(
     state = _state(q, v, cu_seqlens, initial_state, normalize)
     dstate = _state(q, v, cu_seqlens, dfinal_state, normalize)
     for sequence, rows in _sequences(q, v, g, g_gamma, cu_seqlens, reverse, CHUNK):
-        chunks = list(sequence)
-        states = [state[rows]]  # S at the start of each chunk, and at the end of the last
-        for at in chunks:
+        segments = list(sequence)
+        kept, S = [], state[rows]  # the states in which the walk enters each chunk, by segments
+        for at in segments:
+            decay = sequence.decay(at)
             c = _ones(sequence.read(v, at), normalize)
-            states.append(_advance(states[-1], sequence.read(k, at), c, sequence.decay(at)))
-        dS = dstate[rows]  # the gradient of the state at the end of the chunk
-        for at in reversed(chunks):
-            S_end, S = states.pop(), states[-1]
+            states, S = _scan(S, _added(sequence.read(k, at), c, decay), decay)
+            kept.append(states)
+        dS = dstate[rows]  # the gradient of the state at the end of the segment
+        for at in reversed(segments):
+            states = kept.pop()
             a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
             d = sequence.read(do, at)
             decay = sequence.decay(at)
@@ -228,21 +258,23 @@ def chunk_backward(
             P = _causal(a @ b.mT, decay)
             if normalize:
                 assert o is not None
-                d = d / (P.sum(-1, keepdim=True) + before * (a @ S[..., -1:]) + EPS)
+                d = d / (P.sum(-1, keepdim=True) + before * (a @ states[..., -1:]) + EPS)
                 d = torch.cat([d, -(d * sequence.read(o, at)).sum(-1, keepdim=True)], -1)
+            dstates, dS = _scan(dS, (before * a).mT @ d, decay, backward=True)  # at the end of each chunk
             R = _causal(d @ c.mT, decay)
-            da = R @ b + before * (d @ S.mT)
-            db = R.mT @ a + after * (c @ dS.mT)
-            dc = P.mT @ d + after * (b @ dS)
+            da = R @ b + before * (d @ states.mT)
+            db = R.mT @ a + after * (c @ dstates.mT)
+            dc = P.mT @ d + after * (b @ dstates)
             sequence.write(dq, at, scale * da.sum(2, keepdim=True))
             sequence.write(dk, at, db.sum(2, keepdim=True))
             sequence.write(dv, at, dc[..., :-1] if normalize else dc)
             if dgate is not None:
-                # Summed inside the chunk only; what later chunks owe to the gates stands in the inner product.
+                # Summed inside the chunk only; what later chunks owe to the gates stands in <S, dS> at the chunk's end.
                 rho = (a * da).sum(-1, keepdim=True) - (b * db).sum(-1, keepdim=True)
-                later = rho.flip(3).cumsum(3).flip(3)
-                sequence.write(dgate.unsqueeze(-1), at, later + (S_end * dS).sum((3, 4), keepdim=True))
-            dS = (1 if decay is None else decay.whole) * dS + (before * a).mT @ d
+                ends = torch.cat([states[:, :, :, 1:], S.unsqueeze(3)], 3)
+                owed = (ends * dstates).sum((4, 5)).unsqueeze(-1).unsqueeze(-1)
+                sequence.write(dgate.unsqueeze(-1), at, rho.flip(4).cumsum(4).flip(4) + owed)
+            S = states[:, :, :, 0]
         dstate[rows] = dS
     return dq, dk, dv, *_gate_grads(dgate, g, g_gamma), dstate.flatten(1, 2) if initial_state is not None else None
 
@@ -277,7 +309,7 @@ def recurrent_forward(
         for at in sequence:
             a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
             S = _token(S, b, c, sequence.decay(at))
-            out = a @ S
+            out = a @ S.unsqueeze(3)
             if normalize:
                 out = out[..., :-1] / (out[..., -1:] + EPS)
             sequence.write(o, at, out)
@@ -288,7 +320,7 @@ def recurrent_forward(
 
 def _token(S: Tensor, b: Tensor, c: Tensor, decay: Decay | None) -> Tensor:
     """The recurrence itself: S_t = exp(g_t) S_{t-1} + k_t v_t^T."""
-    return (S if decay is None else decay.whole * S) + b.mT * c
+    return (S if decay is None else decay.whole[:, :, :, 0] * S) + (b.mT * c)[:, :, :, 0]
 
 
 def recurrent_backward(
@@ -333,17 +365,18 @@ def recurrent_backward(
                 d = sequence.read(do, at)
                 if normalize:
                     assert o is not None
-                    d = d / (a @ S[..., -1:] + EPS)
+                    d = d / (a @ S[..., -1:].unsqueeze(3) + EPS)
                     d = torch.cat([d, -(d * sequence.read(o, at)).sum(-1, keepdim=True)], -1)
-                dS = dS + a.mT * d
-                sequence.write(dq, at, scale * (d @ S.mT).sum(2, keepdim=True))
-                sequence.write(dk, at, (c @ dS.mT).sum(2, keepdim=True))
-                sequence.write(dv, at, (b @ dS)[..., : v.shape[-1]])
+                dS = dS + (a.mT * d)[:, :, :, 0]
+                S1, dS1 = S.unsqueeze(3), dS.unsqueeze(3)
+                sequence.write(dq, at, scale * (d @ S1.mT).sum(2, keepdim=True))
+                sequence.write(dk, at, (c @ dS1.mT).sum(2, keepdim=True))
+                sequence.write(dv, at, (b @ dS1)[..., : v.shape[-1]])
                 decay = sequence.decay(at)
                 if decay is not None:
-                    dS = decay.whole * dS
+                    dS = decay.whole[:, :, :, 0] * dS
                 if dgate is not None:
-                    sequence.write(dgate.unsqueeze(-1), at, (dS * S_before).sum((3, 4), keepdim=True))
+                    sequence.write(dgate.unsqueeze(-1), at, (dS * S_before).sum((3, 4))[..., None, None, None])
         dstate[rows] = dS
     return dq, dk, dv, *_gate_grads(dgate, g, g_gamma), dstate.flatten(1, 2) if initial_state is not None else None
 
