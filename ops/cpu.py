@@ -33,7 +33,7 @@ SEGMENT = 1 << 18  # elements of q, k or v in a segment: 1 MiB of float32, so th
 STRONGEST = {torch.float32: -128.0, torch.float64: -1000.0}
 
 # The vector library behind `exp` sets its accuracy up in its first call. If that call is a parallel one, another thread
-# may run before it is done: the first decays of a process then had errors of 1e-9 in float64, in one process out of ten.
+# may run before it is done: the first decays of a process then had errors of 1e-9 in float64, one process in ten.
 # So: one call first that is not parallel.
 torch.zeros(1, dtype=torch.float64).exp_()
 
@@ -93,10 +93,13 @@ class _Sequence:
         return (length // self.chunk, self.chunk) if length >= self.chunk else (1, length)
 
     def read(self, x: Tensor, at: slice) -> Tensor:
-        """[B, T, heads, width] -> [B, H, heads / H, n, C, width] in walking order."""
+        """[B, T, heads, width] -> [B, H, heads / H, n, C, width] in walking order.
+
+        Contiguous: several products read it, and each would make a copy of its own.
+        """
         x = x[:, at].to(self.dtype)
         x = x.flip(1) if self.reverse else x
-        return x.unflatten(1, self._chunks(at)).unflatten(3, (self.H, -1)).permute(0, 3, 4, 1, 2, 5)
+        return x.unflatten(1, self._chunks(at)).unflatten(3, (self.H, -1)).permute(0, 3, 4, 1, 2, 5).contiguous()
 
     def write(self, into: Tensor, at: slice, x: Tensor) -> None:
         """The inverse of `read`, into a tensor [B, T, heads, width] of any dtype."""
@@ -164,8 +167,17 @@ def _ones(x: Tensor, normalize: bool) -> Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1])], -1) if normalize else x
 
 
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
+def _per_key_head(x: Tensor) -> Tensor:
+    """The gradients of the value heads that share a key head, added."""
+    return x.sum(2, keepdim=True) if x.shape[2] > 1 else x
+
+
 def _causal(scores: Tensor, decay: Decay | None) -> Tensor:
-    return scores.tril() if decay is None else scores * decay.within
+    return scores.tril_() if decay is None else scores * decay.within  # within may have more heads than scores
 
 
 def _added(b: Tensor, c: Tensor, decay: Decay | None) -> Tensor:
@@ -207,10 +219,8 @@ def chunk_forward(
             a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
             decay = sequence.decay(at)
             states, S = _scan(S, _added(b, c, decay), decay)
-            before = a @ states
-            if decay is not None:
-                before *= decay.before
-            out = before + _causal(a @ b.mT, decay) @ c
+            out = _times(a @ states, None if decay is None else decay.before)
+            out += _causal(a @ b.mT, decay) @ c
             if normalize:
                 out = out[..., :-1] / (out[..., -1:] + EPS)
             sequence.write(o, at, out)
@@ -254,19 +264,19 @@ def chunk_backward(
             a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
             d = sequence.read(do, at)
             decay = sequence.decay(at)
-            before, after = (1, 1) if decay is None else (decay.before, decay.after)
+            before, after = (None, None) if decay is None else (decay.before, decay.after)
             P = _causal(a @ b.mT, decay)
             if normalize:
                 assert o is not None
-                d = d / (P.sum(-1, keepdim=True) + before * (a @ states[..., -1:]) + EPS)
+                d = d / (P.sum(-1, keepdim=True) + _times(a @ states[..., -1:], before) + EPS)
                 d = torch.cat([d, -(d * sequence.read(o, at)).sum(-1, keepdim=True)], -1)
-            dstates, dS = _scan(dS, (before * a).mT @ d, decay, backward=True)  # at the end of each chunk
+            dstates, dS = _scan(dS, _times(a, before).mT @ d, decay, backward=True)  # at the end of each chunk
             R = _causal(d @ c.mT, decay)
-            da = R @ b + before * (d @ states.mT)
-            db = R.mT @ a + after * (c @ dstates.mT)
-            dc = P.mT @ d + after * (b @ dstates)
-            sequence.write(dq, at, scale * da.sum(2, keepdim=True))
-            sequence.write(dk, at, db.sum(2, keepdim=True))
+            da = R @ b + _times(d @ states.mT, before)
+            db = R.mT @ a + _times(c @ dstates.mT, after)
+            dc = P.mT @ d + _times(b @ dstates, after)
+            sequence.write(dq, at, scale * _per_key_head(da))
+            sequence.write(dk, at, _per_key_head(db))
             sequence.write(dv, at, dc[..., :-1] if normalize else dc)
             if dgate is not None:
                 # Summed inside the chunk only; what later chunks owe to the gates stands in <S, dS> at the chunk's end.
@@ -369,8 +379,8 @@ def recurrent_backward(
                     d = torch.cat([d, -(d * sequence.read(o, at)).sum(-1, keepdim=True)], -1)
                 dS = dS + (a.mT * d)[:, :, :, 0]
                 S1, dS1 = S.unsqueeze(3), dS.unsqueeze(3)
-                sequence.write(dq, at, scale * (d @ S1.mT).sum(2, keepdim=True))
-                sequence.write(dk, at, (c @ dS1.mT).sum(2, keepdim=True))
+                sequence.write(dq, at, scale * _per_key_head(d @ S1.mT))
+                sequence.write(dk, at, _per_key_head(c @ dS1.mT))
                 sequence.write(dv, at, (b @ dS1)[..., : v.shape[-1]])
                 decay = sequence.decay(at)
                 if decay is not None:

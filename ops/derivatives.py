@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checks import state_dtype
+from . import private
 from .reference import EPS
 
 Forward = Callable[..., Any]  # returns (Tensor, Tensor | None)
@@ -43,8 +44,9 @@ class _Time:
         starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         # The sequence of each token; N, one past the last sequence, for tokens outside every one.
         at = torch.arange(T, device=x.device)
-        self.row = torch.searchsorted(ends, at, right=True)
-        self.inside = (self.row < starts.shape[0]) & (at >= cu_seqlens[0])
+        row = torch.searchsorted(ends, at, right=True)
+        self.inside = (row < starts.shape[0]) & (at >= cu_seqlens[0])
+        self.row = row.masked_fill(~self.inside, starts.shape[0])
         empty = starts == ends
         first, last = (ends - 1, starts) if reverse else (starts, ends - 1)
         # T stands for "no such token"; the methods put a zero there.
@@ -256,8 +258,19 @@ def vjp_of_gradients(
             outputs = gradients(op, *full[:10], *full[11:])
         return tuple(x for x, c in zip(outputs, cotangents, strict=True) if x is not None and c is not None)
 
-    pull: Any = torch.func.vjp(function, *(arguments[i] for i in wanted))[1]
+    inputs, given = [arguments[i] for i in wanted], tuple(cotangents[i] for i in defined)
+    if private.AVAILABLE:
+        pull: Any = torch.func.vjp(function, *inputs)[1]
+        found = pull(given)
+    else:  # torch.func does not know an operator that has `register_autograd` alone
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+            outputs = function(*inputs)
+        found = torch.autograd.grad(
+            outputs, inputs, given, create_graph=again, allow_unused=True, materialize_grads=True
+        )
     result: list[Tensor | None] = [None] * len(arguments)
-    for i, x in zip(wanted, pull(tuple(cotangents[i] for i in defined)), strict=True):
+    for i, x in zip(wanted, found, strict=True):
         result[i] = x
     return result

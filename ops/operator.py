@@ -251,9 +251,10 @@ def autograd_kernel(op: Kernel, function: Callable[[Kernel], Any], composite: Ke
     apply, apply_transformed = function(below).apply, function(next_level).apply
 
     def kernel(*inputs: Any) -> Any:
-        if composite is not None and private.forward_mode() and private.any_tangent(*inputs):
+        transforms = private.transforms_active()
+        if composite is not None and (transforms or private.forward_mode()) and private.any_tangent(*inputs):
             return composite(*inputs)
-        if private.transforms_active():
+        if transforms:
             with private.single_level():
                 return apply_transformed(*inputs)
         if private.forward_mode() or (torch.is_grad_enabled() and private.any_requires_grad(*inputs)):
@@ -493,7 +494,8 @@ class Operator:
         checks.options(scale, output_final_state=output_final_state, normalize=normalize, reverse=reverse)
         inputs = (q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
         eager = private.AVAILABLE and not torch.compiler.is_compiling()
-        if eager and plain(q, k, v, g, g_gamma, initial_state, cu_seqlens) and q is not None:
+        given = q is not None and k is not None and v is not None
+        if eager and given and plain(q, k, v, g, g_gamma, initial_state, cu_seqlens):
             device = q.device.type
             if device in self.kernels:
                 if torch.is_grad_enabled() and private.any_requires_grad(q, k, v, g, g_gamma, initial_state):

@@ -72,11 +72,14 @@ def vmap_level() -> int:
 
 
 def any_tangent(*inputs: Any) -> bool:
-    """Does any of these arguments carry a tangent at the open forward-mode level?"""
+    """Does any of these arguments carry a tangent?
+
+    Level 0 is the only one there is. It is named because a compiled graph opens it without `forward_ad` taking note.
+    """
     unpack = torch.autograd.forward_ad.unpack_dual
-    return any(isinstance(x, torch.Tensor) and unpack(x).tangent is not None for x in inputs)
+    return any(isinstance(x, torch.Tensor) and unpack(x, level=0).tangent is not None for x in inputs)
 
 
 def without_tangent(x: Any) -> Any:
-    """The same value without the tangent it carries at the open forward-mode level."""
-    return torch.autograd.forward_ad.unpack_dual(x).primal if isinstance(x, torch.Tensor) else x
+    """The same value without the tangent it carries."""
+    return torch.autograd.forward_ad.unpack_dual(x, level=0).primal if isinstance(x, torch.Tensor) else x

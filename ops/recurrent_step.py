@@ -62,7 +62,8 @@ def _fake(
 def _refuse_derivatives(*inputs: Any) -> None:
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    wanted = wanted or (private.forward_mode() and private.any_tangent(*tensors))
+    transformed = private.forward_mode() or private.transforms_active()
+    wanted = wanted or (transformed and private.any_tangent(*tensors))
     if wanted:
         raise RuntimeError(
             f"{NAMESPACE}::recurrent_step_ writes its state in place and has no derivative: an input requires a "
@@ -128,8 +129,9 @@ def operator(
     """The step through the dispatcher, or in plain eager calls around it."""
     checks.options(scale, normalize=normalize)
     inputs = (q, k, v, state, g, g_gamma, state_indices, scale, normalize)
-    eager = private.AVAILABLE and not torch.compiler.is_compiling()
-    if eager and plain(q, k, v, state, g, g_gamma, state_indices) and q is not None and q.device.type in _kernels:
+    given = q is not None and k is not None and v is not None and state is not None
+    eager = given and private.AVAILABLE and not torch.compiler.is_compiling()
+    if eager and plain(q, k, v, state, g, g_gamma, state_indices) and q.device.type in _kernels:
         if torch.is_grad_enabled():
             _refuse_derivatives(*inputs)
         out: Tensor = _kernels[q.device.type](*inputs)

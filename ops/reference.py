@@ -131,7 +131,7 @@ def _per_sequence(
     S0 = x.new_zeros(B if cu_seqlens is None else len(offsets) - 1, HV, K, x.shape[-1])
     if initial_state is not None:
         S0 = S0 + initial_state.to(dtype)
-    parts, states = [], []
+    parts, states = [x[:, : offsets[0]] * 0], []  # tokens before the first offset
     for n, (start, end) in enumerate(itertools.pairwise(offsets)):
         S = S0 if cu_seqlens is None else S0[n : n + 1]
         inputs = [None if y is None else y[:, start:end] for y in (q, k, x, g)]

@@ -54,7 +54,7 @@ _ARGUMENTS = """
 
 
 def _documented(function: Any) -> Any:
-    function.__doc__ += _ARGUMENTS
+    function.__doc__ += "\n" + _ARGUMENTS
     return function
 
 
@@ -180,13 +180,17 @@ def recurrent_step(
     """One token of `recurrent`, for generation: the state is updated in place.
 
     Args:
-        q: [B, H, K]. k: [B, H, K]. v: [B, HV, V]. One token of each row; dtypes as in `recurrent`.
+        q: [B, H, K], one token of each row; dtypes as in `recurrent`.
+        k: [B, H, K].
+        v: [B, HV, V].
         state: the states [B, HV, K, V], or a pool of S slots [S, HV, K, V]; one column wider with `normalize`. float32
             (float64 for float64 inputs), any strides. Written in place.
-        g: log-decay [B, HV], or None. g_gamma: log-decay per head [HV], or None.
+        g: log-decay [B, HV], or None.
+        g_gamma: log-decay per head [HV], or None.
         state_indices: [B] int32 or int64, the slot of each row. Rows whose slot lies outside 0 to S - 1 are skipped: no
             state is touched and their output is zero. Two rows must not name the same slot. None: row b owns state b.
-        scale: default K ** -0.5. normalize: as in `recurrent`.
+        scale: default K ** -0.5.
+        normalize: as in `recurrent`.
 
     Returns:
         o [B, HV, V] in the dtype of v.

@@ -1,9 +1,9 @@
 """`python -m torch_la tune`: measures tile choices on this GPU and rewrites the tile table.
 
 For every row of the table (kernel, kind of product, width) it takes the candidates in turn. A candidate must first
-agree with the float64 reference on fresh inputs: every gate, the normaliser, ragged lengths, cut segments, and both half
-dtypes. One that does not is refused, however fast: the compilers for these kernels have been wrong before. The fastest of
-the rest is written.
+agree with the float64 reference on fresh inputs: every gate, the normaliser, ragged lengths, cut segments, both half
+dtypes. One that does not is refused, however fast: the compilers for these kernels have been wrong before. The fastest
+of the rest is written.
 
 Each candidate runs in a worker process, because an illegal access ends the process it happens in.
 """
@@ -172,7 +172,7 @@ def tune(kernels: list[str], precisions: list[str], widths: list[int], output: P
             except BrokenProcessPool:
                 verdict, pool = "REFUSED: the process died", _pool()
             except Exception as problem:
-                # Out of shared memory is harmless, an illegal access poisons the worker's context: a fresh one for both.
+                # Out of shared memory is harmless, an illegal access poisons the context: a fresh worker for both.
                 pool.shutdown(wait=False, cancel_futures=True)
                 verdict, pool = f"REFUSED: {str(problem).splitlines()[0]}", _pool()
             print(f"{kernel:9s} {precision:5s} {width:4d}  {list(row)}  {verdict}", flush=True)
