@@ -163,7 +163,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Forward) -> None:
 
 
 def _formula(operator: Operator) -> Kernel:
-    """The autograd formula of the forward operator: a shuffle of arguments, since compiled graphs (and caches) hold it."""
+    """The autograd formula of the forward operator: a shuffle of arguments, since compiled graphs hold it."""
 
     def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
         q, k, v, g, g_gamma, initial_state, cu_seqlens, o = ctx.saved_tensors
@@ -199,8 +199,8 @@ def _forward_function(operator: Operator, run: Kernel) -> Any:
         def jvp(ctx: Any, *tangents: Any) -> Forward:
             q, k, v, g, g_gamma, initial_state, cu_seqlens, *_ = ctx.saved_tensors
             primals = (q, k, v, g, g_gamma, initial_state, ctx.output_final_state, cu_seqlens, *ctx.options)
-            # Forward mode is off in here. Nested transforms (jvp of jvp) need it on for the levels below; this level then
-            # must not see its own tangents again, so the primals shed them.
+            # Forward mode is off in here. Nested transforms (jvp of jvp) need it on for the levels below; this level
+            # then must not see its own tangents again, so the primals shed them.
             nested = private.transforms_nested()
             if nested:
                 primals = tuple(private.without_tangent(x) for x in primals)
@@ -234,8 +234,8 @@ def _backward_function(operator: Operator, run: Kernel) -> Any:
 def autograd_kernel(op: Kernel, function: Callable[[Kernel], Any], composite: Kernel | None = None) -> Kernel:
     """The kernel at the "Autograd" key: differentiate if anybody asks, else pass on.
 
-    `composite`, where given, is the operator in terms of others that have a forward mode: it runs when an input carries a
-    tangent.
+    `composite`, where given, is the operator in terms of others that have a forward mode: it runs when an input carries
+    a tangent.
     """
 
     def below(*inputs: Any) -> Any:

@@ -1,8 +1,8 @@
 """`python -m torch_la bench`: this library and its peers, in one process and one run.
 
 For every shape and kind of gate it times the forward, and the forward with its backward, of each provider that
-imports: the operators of this library, flash-linear-attention, Mamba-2's SSD, softmax attention, and the chunked form in
-plain PyTorch, eager and compiled. It prints a line for each: median milliseconds, times the memory floor, peak extra
+imports: the operators of this library, flash-linear-attention, Mamba-2's SSD, softmax attention, and the chunked form
+in plain PyTorch, eager and compiled. It prints a line for each: median milliseconds, times the memory floor, peak extra
 memory, and the first call, which compiles and tunes. Times on shared machines are noisy: compare within one run, as
 ratios.
 
@@ -114,7 +114,7 @@ def make(shape: Shape, gate: str, device: str, dtype: torch.dtype) -> Inputs:
     return inputs
 
 
-# ------------------------------------------------------------------------------------------------------------- providers
+# ------------------------------------------------------------------------------------------------------------ providers
 
 
 def _ours(name: str) -> Callable[[Inputs], Run]:
@@ -158,7 +158,8 @@ def _sdpa(x: Inputs) -> Run | None:
     if x.gate != "none" or x.shape.lengths or x.shape.H != x.shape.HV or x.shape.T > 32768:
         return None
     attend = torch.nn.functional.scaled_dot_product_attention
-    return lambda: attend(*(y.transpose(1, 2) for y in (x.q, x.k, x.v)), is_causal=True).transpose(1, 2)
+    q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+    return lambda: attend(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def _naive_form(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ PROVIDERS: dict[str, Callable[[Inputs], Run | None]] = {
 OURS = ("chunk", "fused_chunk")
 
 
-# ----------------------------------------------------------------------------------------------------------- measurement
+# ---------------------------------------------------------------------------------------------------------- measurement
 
 
 def _median(run: Callable[[], Any], device: str, seconds: float) -> float:
@@ -202,7 +203,8 @@ def _median(run: Callable[[], Any], device: str, seconds: float) -> float:
 
         return float(do_bench(run, warmup=25, rep=int(seconds * 1000), return_mode="median"))
     run()
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
         start = time.perf_counter()
         run()

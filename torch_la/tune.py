@@ -15,6 +15,7 @@ import itertools
 import json
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import astuple
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ Row = tuple[int, int, int, int]  # chunk, block, warps, stages
 # Each kind of product: the dtypes it serves and the relative error against float64 that each may have.
 LIMITS = {
     "half": {torch.bfloat16: 5e-3, torch.float16: 1e-3},
+    "half+g": {torch.bfloat16: 5e-3, torch.float16: 1e-3},  # gated calls alone, where their best tile differs
     "tf32": {torch.float32: 1e-3},
     "ieee": {torch.float32: 1e-5},
     "any": {torch.float32: 1e-5},
@@ -100,8 +102,9 @@ def _worst(kernel: str, dtype: torch.dtype, width: int) -> float:
             y = on_device
             assert y["S0"] is not None
             state = y["S0"].clone()
-            token = [None if y[n] is None else y[n][:, 0] for n in ("q", "k", "v", "g")]  # type: ignore[index]
-            o = recurrent_step(*token[:3], state, token[3], y["gamma"], normalize=normalize)  # type: ignore[arg-type]
+            q, k, v, g = (None if t is None else t[:, 0] for t in (y["q"], y["k"], y["v"], y["g"]))  # type: ignore[assignment]
+            assert v is not None
+            o = recurrent_step(q, k, v, state, g, y["gamma"], normalize=normalize)
             got = [o.unsqueeze(1), state]
             options = (None, normalize, False)
         else:
@@ -112,7 +115,7 @@ def _worst(kernel: str, dtype: torch.dtype, width: int) -> float:
     return worst
 
 
-def _time(kernel: str, dtype: torch.dtype, width: int) -> float:
+def _time(kernel: str, dtype: torch.dtype, width: int, gated: bool) -> float:
     """Milliseconds on a shape that fills the GPU."""
     import triton.testing
 
@@ -126,14 +129,18 @@ def _time(kernel: str, dtype: torch.dtype, width: int) -> float:
     g = torch.nn.functional.logsigmoid(torch.randn(B, T, H, device="cuda")) / 16
     if kernel == "step":
         pool = torch.randn(256, H, width, width, device="cuda")
-        rows = [x[0, :256].contiguous() for x in (q, k, v, g)]
-        return triton.testing.do_bench(lambda: recurrent_step(*rows[:3], pool, rows[3]), return_mode="median")
+        q, k, v, g = (x[0, :256].contiguous() for x in (q, k, v, g))
+        return triton.testing.do_bench(lambda: recurrent_step(q, k, v, pool, g), return_mode="median")
+    gate = g if gated else None
     op = ops.recurrent.operator if kernel == "tokens" else ops.fused_chunk.operator
     if kernel != "backward":
-        args = (q, k, v, g, None, None, False, None, None, False, False)
-        return triton.testing.do_bench(lambda: op(*args), return_mode="median")
-    args = (q, k, v, g, None, None, None, None, False, False, None, do, None, True)
-    return triton.testing.do_bench(lambda: op.backward(*args), return_mode="median")
+        return triton.testing.do_bench(
+            lambda: op(q, k, v, gate, None, None, False, None, None, False, False), return_mode="median"
+        )
+    return triton.testing.do_bench(
+        lambda: op.backward(q, k, v, gate, None, None, None, None, False, False, None, do, None, gated),
+        return_mode="median",
+    )
 
 
 def _measure(kernel: str, precision: str, width: int, row: Row, seed: int) -> tuple[float, float]:
@@ -144,7 +151,8 @@ def _measure(kernel: str, precision: str, width: int, row: Row, seed: int) -> tu
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.manual_seed(seed)
     share = max(_worst(kernel, dtype, width) / limit for dtype, limit in LIMITS[precision].items())
-    return share, _time(kernel, next(iter(LIMITS[precision])), width) if share <= 1 else float("inf")
+    gated = precision != "half"
+    return share, _time(kernel, next(iter(LIMITS[precision])), width, gated) if share <= 1 else float("inf")
 
 
 def _pool() -> ProcessPoolExecutor:
@@ -159,10 +167,10 @@ def tune(kernels: list[str], precisions: list[str], widths: list[int], output: P
     seed = torch.seed() % (1 << 31)
     pool = _pool()
     for kernel, precision, width in itertools.product(kernels, precisions, widths):
-        candidates = CANDIDATES[kernel].get(precision)
+        candidates = CANDIDATES[kernel].get(precision.removesuffix("+g"))
         if candidates is None:
             continue
-        current = tuple(table[kernel][precision][str(width)])
+        current: Row = astuple(tiles.tile(kernel, precision.removesuffix("+g"), width, width, precision != "half"))
         best: tuple[float, Row] | None = None
         for row in dict.fromkeys([current, *candidates]):
             ms = float("inf")
@@ -181,7 +189,7 @@ def tune(kernels: list[str], precisions: list[str], widths: list[int], output: P
         if best is None:
             print(f"{kernel} {precision} {width}: no candidate is right; the row stays, and must not be used")
             return 1
-        table[kernel][precision][str(width)] = list(best[1])
+        table[kernel].setdefault(precision, {})[str(width)] = list(best[1])
     pool.shutdown()
     if write:
         output.write_text(_text(table))

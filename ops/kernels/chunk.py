@@ -16,7 +16,7 @@ that read the same tokens run together, and share them through L2.
 import triton
 import triton.language as tl
 
-from .walk import operand, rows, walk, walk_tokens
+from .walk import operand, rows, walk, walk_safely, walk_tokens
 
 
 @triton.jit
@@ -31,14 +31,24 @@ def segment(slot, cu, table, T, cuts, L, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def zero_tail(out, out_t, cu, T, N, slot, slots, n0, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens past the last offset are zero. All slots share that work; each clears the columns of its own tile."""
+def outside(u, i, cu, T, N):
+    """Tokens of no sequence, counted by u + i: those before the first offset, then those past the last; how many."""
+    begin = tl.minimum(tl.maximum(tl.load(cu).to(tl.int64), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu + N).to(tl.int64), begin), T)
+    t = u + i
+    return tl.where(t < begin, t, t - begin + end), begin + T - end
+
+
+@triton.jit
+def zero_outside(out, out_t, cu, T, N, slot, slots, n0, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens of no sequence get zeros. All slots share that work; each clears the columns of its own tile."""
     n = n0 + tl.arange(0, BLOCK)
     i = tl.arange(0, 16)
-    for t in range(tl.load(cu + N).to(tl.int64) + slot * 16, T, slots * 16):
-        p = out + t * out_t + i[:, None] * out_t + n[None, :]
-        mask = (i < T - t)[:, None] & (n < WIDTH)[None, :]
-        tl.store(p, tl.zeros([16, BLOCK], out.dtype.element_ty), mask=mask)
+    _, total = outside(slot * 16, i, cu, T, N)
+    for u in range(slot * 16, total, slots * 16):
+        t, _ = outside(u, i, cu, T, N)
+        mask = (u + i < total)[:, None] & (n < WIDTH)[None, :]
+        tl.store(out + t[:, None] * out_t + n[None, :], tl.zeros([16, BLOCK], out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -49,7 +59,9 @@ def state_tile(p, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def load_state(p, used, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr, HAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def load_state(
+    p, used, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr, HAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     if HAS:
         p, mask = state_tile(p, m, n, p_m, p_n, M, N)
         return tl.load(p, mask=mask & used, other=0.0).to(tl.float32)
@@ -111,7 +123,7 @@ def forward(
     q += batch * q_b + hk * q_h
     k += batch * k_b + hk * k_h
     v += batch * v_b + h * v_h
-    go: tl.constexpr = walk_tokens if TOKENS else walk
+    go: tl.constexpr = walk_tokens if TOKENS else walk_safely
     S, z = go(
         q, q_t, k, k_t, v, v_t, o, HV * V, q, q_t, o, G + (batch * HV + h) * T, head_gate(gamma, h, GATE), o, o, S, z,
         t0, t1, 0, n0, scale, EPS, K, V, BK, BN, C, 0, GATE, REVERSE, NORMALIZE, True, False, PRECISION,
@@ -123,7 +135,7 @@ def forward(
         if NORMALIZE:
             tl.store(S1 + m * W + V, z, mask=(m < K) & (n0 == 0))
     if LAYOUT != 0:
-        zero_tail(o, HV * V, cu, T, N, slot, slots, n0, V, BN)
+        zero_outside(o, HV * V, cu, T, N, slot, slots, n0, V, BN)
 
 
 @triton.jit(do_not_specialize=["T", "N", "cuts", "L"])
@@ -168,15 +180,14 @@ def local_state(
     tl.store(p, S, mask=mask)
     if NORMALIZE:
         tl.store(states + m * W + V, z, mask=(m < K) & (n0 == 0))
-    if GATE != 0:
-        if pid % TILES == 0:
-            if GATE == 2:
-                total = head_gate(gamma, h, GATE) * (t1 - t0)
-            else:
-                total = 0.0
-                for t in range(t0, t1, C):
-                    total += tl.load(G + row + (t if REVERSE else tl.minimum(t + C, t1) - 1)).to(tl.float32)
-            tl.store(decay + slot * HV + h, total)
+    if GATE != 0 and pid % TILES == 0:
+        if GATE == 2:
+            total = head_gate(gamma, h, GATE) * (t1 - t0)
+        else:
+            total = 0.0
+            for t in range(t0, t1, C):
+                total += tl.load(G + row + (t if REVERSE else tl.minimum(t + C, t1) - 1)).to(tl.float32)
+        tl.store(decay + slot * HV + h, total)
 
 
 @triton.jit(do_not_specialize=["T", "cuts", "L"])
@@ -320,7 +331,7 @@ def backward(
                     e += tl.sum(z * load_z(dS1 + V * d_v, used, n, d_k, K, HAS_DS1, BN), 0)
                 tl.store(edge + j, e * d_scale * scale)
             if LAYOUT != 0:
-                zero_tail(dq, HV * K, cu, T, N, slot, slots, n0, K, BN)
+                zero_outside(dq, HV * K, cu, T, N, slot, slots, n0, K, BN)
         else:
             S = load_state(dS1, used, m, n, d_v, d_k, V, K, HAS_DS1, BV, BN) * d_scale
             z = load_z(dS1 + V * d_v, used, n, d_k, K, HAS_DS1 and NORMALIZE, BN) * d_scale
@@ -336,18 +347,19 @@ def backward(
             if NORMALIZE and HAS_DS0:
                 tl.store(dS0 + n * W + V, z * scale, mask=n < K)
             if LAYOUT != 0:
-                zero_tail(dk, HV * K, cu, T, N, slot, slots, n0, K, BN)
+                zero_outside(dk, HV * K, cu, T, N, slot, slots, n0, K, BN)
     else:
         n0 = (tile - 2 * TK) * BN
         mv = tl.arange(0, BK)  # other names than above: Triton wants one type per name in both branches
         nv = n0 + tl.arange(0, BN)
         Sv = load_state(dS1, used, mv, nv, d_k, d_v, K, V, HAS_DS1, BK, BN) * d_scale
+        zv = tl.zeros([BK], tl.float32)
         Sv, zv = go(
-            k, k_t, q, q_t, do, do_t, dv, HV * V, v, v_t, rho, G, gamma2, rden, dden, Sv, tl.zeros([BK], tl.float32), t0, t1, 0, n0, scale,
+            k, k_t, q, q_t, do, do_t, dv, HV * V, v, v_t, rho, G, gamma2, rden, dden, Sv, zv, t0, t1, 0, n0, scale,
             EPS, K, V, BK, BN, C, 2, GATE, REVERSE, NORMALIZE, True, False, PRECISION,
         )  # fmt: skip
         if HAS_DS0:
             p, mask = state_tile(dS0, mv, nv, W, 1, K, V)
             tl.store(p, Sv * scale, mask=mask)
         if LAYOUT != 0:
-            zero_tail(dv, HV * V, cu, T, N, slot, slots, n0, V, BN)
+            zero_outside(dv, HV * V, cu, T, N, slot, slots, n0, V, BN)

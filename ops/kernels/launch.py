@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -38,7 +39,7 @@ def _processors(index: int | None) -> int:
     return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
@@ -50,6 +51,11 @@ def _rows(x: Tensor) -> Tensor:
     if (x.stride(-1) != 1 and x.shape[-1] != 1) or any(s >= 1 << 23 for s in x.stride()[1:2]):
         return x.contiguous()
     return x
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    """Kernels step through g_gamma and the offsets one by one."""
+    return x if x is None or x.is_contiguous() else x.contiguous()
 
 
 def _power(n: int) -> int:
@@ -88,13 +94,15 @@ class _Plan:
         return torch.empty(self.slots, self.HV, self.K, self.W, dtype=torch.float32, device=self.device)
 
 
-def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normalize: bool, cap: int | None) -> _Plan:
+def _plan(
+    q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normalize: bool, gated: bool, cap: int | None
+) -> _Plan:
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     precision = "tf32"
     kind = "half"
     if q.dtype == torch.float32:
         kind = precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tile = tiles.tile("tokens" if op == "recurrent" else kernel, kind, K, V)
+    tile = tiles.tile("tokens" if op == "recurrent" else kernel, kind, K, V, gated)
     tokens = tile.chunk == 1
     N = B if cu is None else cu.shape[0] - 1
     # cut so that about two programs run on every multiprocessor
@@ -220,9 +228,11 @@ def forward(
             final.copy_(initial_state) if initial_state is not None else final.zero_()
         return torch.zeros(B, T, HV, V, dtype=v.dtype, device=v.device), final
     q, k, v = _rows(q), _rows(k), _rows(v)
+    g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
     with _on(q):
         o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
-        plan = _plan(q, v, cu_seqlens, op, "forward", normalize, None)
+        gated = g is not None or g_gamma is not None
+        plan = _plan(q, v, cu_seqlens, op, "forward", normalize, gated, None)
         kind, R = _gates(plan, g, g_gamma, reverse)
         start, pass_final = initial_state, final
         if plan.cut:
@@ -272,15 +282,19 @@ def backward(
     if v.numel() == 0 or q.numel() == 0 or N == 0:
         if dS0 is not None:
             dS0.copy_(dfinal_state) if dfinal_state is not None else dS0.zero_()
-        dg = torch.zeros(g.shape, dtype=g.dtype, device=device) if wants_dg else None
-        dgamma = torch.zeros(g_gamma.shape, dtype=g_gamma.dtype, device=device) if wants_dgamma else None
-        return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v)), dg, dgamma, dS0
+        wanted = (True, True, True, wants_dg, wants_dgamma)
+        zeros: list[Any] = [
+            torch.zeros(x.shape, dtype=x.dtype, device=device) if x is not None and want else None
+            for x, want in zip((q, k, v, g, g_gamma), wanted, strict=True)
+        ]
+        return *zeros, dS0
     if scale == 0.0:  # dS is held divided by the scale: let q be zero in its place
         zero = torch.zeros_like(q)
         args = (op, zero, k, v, g, g_gamma, initial_state, cu_seqlens, 1.0, normalize, reverse)
-        dq, *rest = backward(*args, o, do, dfinal_state, gate_grad)
-        return dq.zero_(), *rest
+        dq, dk, dv, dg, dgamma, dS0 = backward(*args, o, do, dfinal_state, gate_grad)
+        return dq.zero_(), dk, dv, dg, dgamma, dS0
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+    g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
     groups = HV // H
     with _on(q):
         dqk = torch.float32 if groups > 1 else q.dtype
@@ -288,7 +302,8 @@ def backward(
         dk = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=device)
         rho_wanted = wants_dg or wants_dgamma
-        plan = _plan(q, v, cu_seqlens, op, "backward", normalize, LONGEST_WITH_DG if rho_wanted else None)
+        gated = g is not None or g_gamma is not None
+        plan = _plan(q, v, cu_seqlens, op, "backward", normalize, gated, LONGEST_WITH_DG if rho_wanted else None)
         kind, R = _gates(plan, g, g_gamma, reverse)
         gate = (kind, R, g_gamma)
         start, dend, dstart, d_scale, weights = initial_state, dfinal_state, dS0, 1.0 / scale, None
@@ -297,7 +312,8 @@ def backward(
                 plan, k, v, gate, None, initial_state, None, scale, normalize, reverse, mirror=False
             )
         if normalize:
-            weights = torch.empty(2, B * HV, T, dtype=torch.float32, device=device).unbind(0)
+            both = torch.empty(2, B * HV, T, dtype=torch.float32, device=device)
+            weights = both[0], both[1]
             _normaliser[(HV * plan.slots,)](
                 q, *q.stride()[:3], k, *k.stride()[:3], o, do, *do.stride()[:3], _or(R, q), _or(g_gamma, q),
                 _or(start, q), *_or(start, q).stride(), *weights, plan.cu, plan.table,
@@ -329,14 +345,14 @@ def backward(
         dg = dgamma = None
         if rho_wanted:
             part = torch.empty(plan.slots, HV, dtype=torch.float32, device=device) if wants_dgamma else rho
-            dg = torch.empty(B, T, HV, dtype=g.dtype, device=device) if wants_dg else None
+            dg = torch.empty(B, T, HV, dtype=g.dtype, device=device) if wants_dg and g is not None else None
             _gate_gradient[(HV * plan.slots,)](
                 rho, edge, _or(dg, rho), part, plan.cu, plan.table,
                 T, N, HV, plan.cuts, plan.length, plan.slots, B * HV,
                 TILES=TK, REVERSE=reverse, LAYOUT=plan.layout, SUM=wants_dgamma,
                 BL=_power(plan.length), num_warps=8,
             )  # fmt: skip
-            if wants_dgamma:
+            if wants_dgamma and g_gamma is not None:
                 dgamma = part.sum(0).to(g_gamma.dtype)
         if groups > 1:
             dq, dk = (x.view(B, T, H, groups, K).sum(3).to(q.dtype) for x in (dq, dk))
@@ -360,7 +376,8 @@ def step_(
     if q.numel() == 0 or v.numel() == 0:
         return o.zero_()
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    tile = tiles.tile("step", "any", K, V)
+    g_gamma = _vector(g_gamma)
+    tile = tiles.tile("step", "any", K, V, False)
     BN = min(tile.block, _power(V))
     kind = 1 if g is not None else 2 if g_gamma is not None else 0
     with _on(q):

@@ -1,12 +1,12 @@
 """What happens between the passes: gates, the table of packed segments, the scan over segments, and dg.
 
-    B batch   T time   HV value heads   K key width   V value width   C chunk   L tokens of a segment   N sequences
+B batch   T time   HV value heads   K key width   V value width   C chunk   L tokens of a segment   N sequences
 """
 
 import triton
 import triton.language as tl
 
-from .chunk import segment
+from .chunk import outside, segment
 
 
 @triton.jit
@@ -145,11 +145,11 @@ def gate_gradient(
 ):  # fmt: skip
     """dg_t = <S_end, dS_end> + sum over i >= t of the segment of (q.dq - k.dk)_i.
 
-    q.dq - k.dk is a sum over pairs of a reading and a writing token. The pair of a token with itself stands in both, and
-    so does the pair of the last token with dS_end (in <S_end, dS_end> and in k.dk). They are left out on both sides:
-    under strong decay they would be all there is, and dg what rounding leaves of them. A sum from the end gathers rounding error like a random
-    walk; but its value where the segment starts is known, <S_start, dS_start>. Spreading the difference evenly over the
-    segment pins both ends of the walk, which takes a third of its variance.
+    q.dq - k.dk is a sum over pairs of a reading and a writing token. The pair of a token with itself is in both, and
+    so is the pair of the last token with dS_end (in <S_end, dS_end> and in k.dk). They are left out on both sides:
+    under strong decay they would be all there is, and dg what rounding leaves of them. A sum from the end gathers
+    rounding error like a random walk; but its value where the segment starts is known, <S_start, dS_start>. Spreading
+    the difference evenly over the segment pins both ends of the walk, which leaves a third of its variance.
     """
     pid = tl.program_id(0)
     h = (pid % HV).to(tl.int64)
@@ -180,5 +180,7 @@ def gate_gradient(
         dg += batch * T * HV + h
         tl.store(dg + (t0 + i) * HV, x.to(dg.dtype.element_ty), mask=live)
         if LAYOUT != 0:
-            for t in range(tl.load(cu + N).to(tl.int64) + slot * BL, T, slots * BL):
-                tl.store(dg + (t + i) * HV, tl.zeros([BL], dg.dtype.element_ty), mask=i < T - t)
+            _, total_outside = outside(slot * BL, i, cu, T, N)
+            for u in range(slot * BL, total_outside, slots * BL):
+                t, _ = outside(u, i, cu, T, N)
+                tl.store(dg + t * HV, tl.zeros([BL], dg.dtype.element_ty), mask=u + i < total_outside)

@@ -1,6 +1,6 @@
 """One token of generation, in place on a pool of states: S <- exp(g) S + k v^T,  o = scale q S.
 
-    B requests   H key heads   HV value heads   K key width   V value width   P slots of the pool
+B requests   H key heads   HV value heads   K key width   V value width   P slots of the pool
 """
 
 import triton

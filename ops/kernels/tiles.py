@@ -1,7 +1,8 @@
 """The tile table: which chunk, block, warps and stages a kernel runs with. `tiles.json` holds the choices.
 
 Rows are [chunk, block, warps, stages], keyed by kernel, by how products are computed ("half" for bfloat16 and float16,
-"tf32" and "ieee" for float32) and by the larger of the two widths, rounded up to 64, 128 or 256.
+"tf32" and "ieee" for float32; with "+g" a row for gated calls alone) and by the larger of the two widths, rounded up to
+64, 128 or 256. A chunk of 1 means token by token, in exact float32, without matrix units.
 """
 
 from __future__ import annotations
@@ -27,18 +28,22 @@ segment: int | None = None  # likewise the length of a segment
 
 
 @functools.cache
-def table() -> dict:
+def table() -> dict[str, dict[str, dict[str, list[int]]]]:
     return json.loads(TABLE.read_text())
 
 
-def tile(kernel: str, precision: str, K: int, V: int) -> Tile:
+def tile(kernel: str, precision: str, K: int, V: int, gated: bool) -> Tile:
     """The row for `kernel` in {"forward", "backward", "tokens", "step"}."""
     if kernel in override:
         return override[kernel]
-    return _tile(kernel, precision, 64 if max(K, V) <= 64 else 128 if max(K, V) <= 128 else 256)
+    return _tile(kernel, precision, gated, 64 if max(K, V) <= 64 else 128 if max(K, V) <= 128 else 256)
 
 
 @functools.cache
-def _tile(kernel: str, precision: str, width: int) -> Tile:
+def _tile(kernel: str, precision: str, gated: bool, width: int) -> Tile:
     rows = table()[kernel]
-    return Tile(*(rows.get(precision) or rows["any"])[str(width)])
+    for key in (precision + "+g" * gated, precision, "any"):
+        row = rows.get(key, {}).get(str(width))
+        if row is not None:
+            return Tile(*row)
+    raise KeyError(f"tiles.json has no row for {kernel=} {precision=} {gated=} {width=}")

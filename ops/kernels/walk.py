@@ -8,17 +8,18 @@ dq and dk hold the state transposed: it is loaded and stored with swapped stride
 matrix product is miscompiled on Hopper (Triton 3.4.0 to 3.7.0). Only tiles fresh from memory are transposed here.
 The mirrored state is held divided by s, so that one factor s on the output serves all four roles.
 
-`walk` goes by chunks of C tokens. R_i is the log2-decay from the start of the chunk to token i, inclusive, in the order in
-which the operator walks (op.reverse: from the chunk's end), and R_end the decay of the whole chunk. Then
+`walk` goes by chunks of C tokens. R_i is the log2-decay from the start of the chunk to token i, inclusive, in the order
+in which the operator walks (op.reverse: from the chunk's end), and R_end the decay of the whole chunk. Then
 
     out = s ((a b^T * W) c + D * (a S))        S <- exp2(R_end) S + b^T (U * c)
     LA : W_ij = exp2(R_i - R_j)   D_i = exp2(R_i)           U_j = exp2(R_end - R_j)
     LA~: W_ij = exp2(R_j - R_i)   D_i = exp2(R_end - R_i)   U_j = exp2(R_j)
 
-The mirrored state owes the decay of the token that it reached last: that factor ("due") is applied when the next chunk reads
-the state. So U = exp2(R_j - R_first) has a 1 in it, as in LA, and U c stays in the range of float16.
+The mirrored state owes the decay of the token that it reached last: that factor ("due") is applied when the next chunk
+reads the state. So U = exp2(R_j - R_first) has a 1 in it, as in LA, and U c stays in the range of float16.
 
-Exponents are differences under the causal mask, never exp2(-R): nothing overflows, however strong the decay.
+Exponents are differences under the causal mask: nothing overflows, however strong the decay. Where it is mild, the
+forward takes a cheaper form with exp2(-R): see `walk_safely`.
 
 The normaliser is one more value column that is always 1: its state z [K] is float32, its gradient column is dden.
 With rden = 1 / (s q.z + eps), the gradient of the numerator is do * rden; that factor goes onto P, D and U in float32,
@@ -33,21 +34,15 @@ so that do itself is never rounded again.
 import triton
 import triton.language as tl
 
-O = tl.constexpr(0)
-DQ = tl.constexpr(1)
-DV = tl.constexpr(2)
-DK = tl.constexpr(3)
-NO_GATE = tl.constexpr(0)
-TOKEN_GATE = tl.constexpr(1)  # g: R comes from memory
-HEAD_GATE = tl.constexpr(2)  # g_gamma: R is a multiple of the head's decay
+# ROLE: 0 o, 1 dq, 2 dv, 3 dk (2 and 3 are mirrored).   GATE: 0 none, 1 g (R from memory), 2 g_gamma (R = (i + 1) gamma)
 
 
 @triton.jit
 def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """x as an operand of a matrix product. The units cut float32 off after 10 bits; half a unit more makes it rounding."""
+    """x as an operand of a matrix product. TF32 units cut float32 off after 10 bits, which biases: round it before."""
     x = x.to(DTYPE)
-    if DTYPE == tl.float32 and PRECISION == "tf32":
-        x = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    if tl.float32 == DTYPE and PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return x
 
 
@@ -106,13 +101,14 @@ def walk(
     OUT: tl.constexpr,  # False: only the state is wanted, and BM may be a part of M
     RHO: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTORED: tl.constexpr = False,
 ):
     """Walks the tokens [t0, t1) by chunks, writes out, and returns the state at the end of the walk."""
     MIRROR: tl.constexpr = ROLE >= 2
     BACK: tl.constexpr = REVERSE != MIRROR  # walks from t1 down to t0
     DTYPE: tl.constexpr = b.dtype.element_ty
-    # dg is a sum of q.dq - k.dk, where each pair of tokens must cancel. Within a chunk both have the same rounded P. Across
-    # chunks, one rounds S and the other U c: so both go through the matrix units twice, the second time what was rounded off.
+    # dg is a long sum of q.dq - k.dk, where pairs of tokens must cancel; but dq rounds S where dk rounds U c. So what
+    # rounding takes off P, S and U c goes through the matrix units too: about twice the digits of the dtype remain.
     TWICE: tl.constexpr = RHO and PRECISION != "ieee"
     i = tl.arange(0, C)
     m = m0 + tl.arange(0, BM)
@@ -136,7 +132,15 @@ def walk(
             head = gamma
             end = gamma * count
             R = gamma * (tl.maximum(count - i, 1) if REVERSE else tl.minimum(i + 1, count))
-        if GATE != 0:
+        if FACTORED:
+            E = tl.exp2((R - end if MIRROR else -R).to(tl.float32))
+            D = tl.exp2((end - R if MIRROR else R).to(tl.float32))
+            gain = tl.exp2(end.to(tl.float32))
+            if RHO and ROLE == 1:
+                last = (step == chunks - 1) & (i == (0 if BACK else count - 1))
+            xf = xc.to(tl.float32) * E[:, None]
+            xh = operand(xf, DTYPE, PRECISION)
+        elif GATE != 0:
             if MIRROR:
                 U = tl.exp2((R - head).to(tl.float32))
                 D = tl.exp2((end - R).to(tl.float32) + due)
@@ -173,17 +177,29 @@ def walk(
                 keep = i[:, None] < i[None, :] if BACK else i[:, None] > i[None, :]
             else:
                 keep = i[:, None] <= i[None, :] if BACK else i[:, None] >= i[None, :]
-            if GATE == 1:
+            if FACTORED:
+                pass
+            elif GATE == 1:
                 P = P * tl.exp2((R[None, :] - R[:, None] if MIRROR else R[:, None] - R[None, :]).to(tl.float32))
             elif GATE == 2:
                 # the distance is exact, where a difference of two rounded R is not
                 P = P * tl.exp2(gamma * tl.abs(i[:, None] - i[None, :]))
             P = tl.where(keep, P, 0.0)
-            if GATE != 0:
+            high = operand(P, DTYPE, PRECISION)
+            if FACTORED:
+                y = tl.dot(high, xh, y, input_precision=PRECISION)
+                if TWICE:
+                    y = tl.dot(operand(P - high.to(tl.float32), DTYPE, PRECISION), xh, y, input_precision=PRECISION)
+                    y = tl.dot(high, operand(xf - xh.to(tl.float32), DTYPE, PRECISION), y, input_precision=PRECISION)
                 y = y * D[:, None]
-            y = tl.dot(operand(P, DTYPE, PRECISION), xc, y, input_precision=PRECISION)
+            else:
+                if GATE != 0:
+                    y = y * D[:, None]
+                y = tl.dot(high, xc, y, input_precision=PRECISION)
             if RHO:
-                xx = rows(x, x_t, t, i, live, n, N, BN)
+                if TWICE and not FACTORED:
+                    y = tl.dot(operand(P - high.to(tl.float32), DTYPE, PRECISION), xc, y, input_precision=PRECISION)
+                xx = operand(rows(x, x_t, t, i, live, n, N, BN), DTYPE, PRECISION)
                 tl.store(rho + t + i, scale * tl.sum(xx.to(tl.float32) * y, 1), mask=live)
                 y += own[:, None] * xc.to(tl.float32)
             y = y * scale
@@ -195,7 +211,17 @@ def walk(
             store_rows(out, out_t, t, i, live, n, y, N, BN)
 
         # the state moves on
-        if NORMALIZE:
+        if FACTORED:
+            if RHO and ROLE == 1:
+                xf = tl.where(last[:, None], 0.0, xf)
+                xh = operand(xf, DTYPE, PRECISION)
+            S = tl.dot(tl.trans(xb), xh, S, input_precision=PRECISION)
+            if TWICE:
+                S = tl.dot(
+                    tl.trans(xb), operand(xf - xh.to(tl.float32), DTYPE, PRECISION), S, input_precision=PRECISION
+                )
+            S = S * gain
+        elif NORMALIZE:
             if ROLE != 2 or not OUT:  # dv itself needs no z
                 if ROLE == 0:
                     zk = xb.to(tl.float32)
@@ -209,19 +235,66 @@ def walk(
                 z += tl.sum(zk, 0)
             if MIRROR:
                 U = U * w if GATE != 0 else w
-        if GATE != 0:
+        if GATE != 0 and not FACTORED:
             S = S * gain
-        if GATE != 0 or (NORMALIZE and MIRROR):
+        if FACTORED:
+            pass
+        elif GATE != 0 or (NORMALIZE and MIRROR):
             xc = xc.to(tl.float32) * U[:, None]
             high = operand(xc, DTYPE, PRECISION)
             S = tl.dot(tl.trans(xb), high, S, input_precision=PRECISION)
             if TWICE:
-                S = tl.dot(tl.trans(xb), operand(xc - high.to(tl.float32), DTYPE, PRECISION), S, input_precision=PRECISION)
+                S = tl.dot(
+                    tl.trans(xb), operand(xc - high.to(tl.float32), DTYPE, PRECISION), S, input_precision=PRECISION
+                )
         else:
             S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION)
-    if MIRROR and GATE != 0:
+    if MIRROR and GATE != 0 and not FACTORED:
         S = S * tl.exp2(due)
         z = z * tl.exp2(due)
+    return S, z
+
+
+@triton.jit
+def mild(gate, gamma, t0, t1, C: tl.constexpr, GATE: tl.constexpr):
+    """Whether exp2 of every R and of every -R is far inside the range of float32."""
+    if GATE == 2:
+        return tl.abs(gamma) * C < 80.0
+    i = tl.arange(0, 1024)
+    most = 0.0
+    for t in range(t0, t1, 1024):
+        most = tl.maximum(most, tl.max(tl.abs(tl.load(gate + t + i, mask=i < t1 - t, other=0.0).to(tl.float32)), 0))
+    return most < 80.0
+
+
+@triton.jit
+def walk_safely(
+    a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
+    EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    ROLE: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, OUT: tl.constexpr,
+    RHO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`walk`, by the factored form where the gates of the whole segment allow it.
+
+    W_ij = D_i E_j with E_j = exp2(-R_j) needs no exponential per pair of tokens, and one scaled c serves both products:
+    out = s D * (tril(a b^T) (E c) + a S),  S <- exp2(R_end) (S + b^T (E c)).  It overflows under strong decay.
+    """
+    if GATE != 0 and not NORMALIZE and b.dtype.element_ty != tl.float16:
+        if mild(gate, gamma, t0, t1, C, GATE):
+            S, z = walk(
+                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
+                EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, OUT, RHO, PRECISION, True,
+            )  # fmt: skip
+        else:
+            S, z = walk(
+                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
+                EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, OUT, RHO, PRECISION,
+            )  # fmt: skip
+    else:
+        S, z = walk(
+            a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
+            EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, OUT, RHO, PRECISION,
+        )  # fmt: skip
     return S, z
 
 
@@ -242,17 +315,18 @@ def walk_tokens(
         t = t1 - 1 - step if BACK else t0 + step
         xb = tl.load(b + t * b_t + m, mask=m < M, other=0.0).to(tl.float32)
         xc = tl.load(c + t * c_t + n, mask=n < N, other=0.0).to(tl.float32)
-        if GATE == 1:
-            gain = tl.exp2(tl.load(gate + t).to(tl.float32))
-        elif GATE == 2:
-            gain = tl.exp2(gamma)
+        # the factor exp(g) in two parts: its rounding error would compound over as many tokens as the state remembers
+        if GATE != 0:
+            factor = tl.exp2(tl.load(gate + t) if GATE == 1 else gamma.to(tl.float64))
+            gain = factor.to(tl.float32)
+            rest = (factor - gain).to(tl.float32)
         if NORMALIZE and ROLE != 0:
             w = tl.load(rden + t)
             dd = tl.load(dden + t)
         if GATE != 0 and not MIRROR:
-            S = S * gain
+            S = S * gain + S * rest
             if NORMALIZE:
-                z = z * gain
+                z = z * gain + z * rest
 
         if OUT:
             xa = tl.load(a + t * a_t + m, mask=m < M, other=0.0).to(tl.float32)
@@ -290,7 +364,7 @@ def walk_tokens(
                 xc = xc * w
         S += xb[:, None] * xc[None, :]
         if GATE != 0 and MIRROR:
-            S = S * gain
+            S = S * gain + S * rest
             if NORMALIZE and (ROLE != 2 or not OUT):
-                z = z * gain
+                z = z * gain + z * rest
     return S, z

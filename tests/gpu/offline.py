@@ -1,10 +1,12 @@
+# ruff: noqa: C408
 """Compiles every launch of the kernels for Hopper without a GPU, and prints what the compiler made of each.
 
     python tests/gpu/offline.py [--only SUBSTRING] [--widths 64 128 256] [--check STACK_BYTES]
 
-The launches are real ones of `launch.forward`, `launch.backward` and `launch.step_` on CPU tensors; only the last step, running
-the kernel, is replaced by a compilation for sm_90. Columns: registers, stack bytes (spills), shared memory, CTAs per
-multiprocessor, wgmma and mma.sync instructions, spill stores and loads. Needs triton, and TRITON_INTERPRET unset.
+The launches are real ones of `launch.forward`, `launch.backward` and `launch.step_` on CPU tensors; only the last step,
+running the kernel, is replaced by a compilation for sm_90. Columns: registers, stack bytes (spills), shared memory,
+CTAs per multiprocessor, wgmma and mma.sync instructions, spill stores and loads. Needs triton, and TRITON_INTERPRET
+unset.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from torch_la.ops.kernels import launch
+from torch_la.ops.kernels import launch, tiles
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 TYPES = {
@@ -94,8 +96,9 @@ def run(self: JITFunction, *args, grid, warmup, **options) -> None:
         print(f"{label:34} {row['kernel']:14} FAILED {row['failed']}", flush=True)
     else:
         print(
-            f"{label:34} {row['kernel']:14} regs {row['registers']:3} stack {row['stack']:5} smem {row['shared'] // 1024:3}K "
-            f"ctas {row['ctas']:2} wgmma {row['wgmma']:3} mma {row['mma']:3} STL {row['stl']:3} LDL {row['ldl']:3} "
+            f"{label:34} {row['kernel']:14} regs {row['registers']:3} stack {row['stack']:5} "
+            f"smem {row['shared'] // 1024:3}K ctas {row['ctas']:2} wgmma {row['wgmma']:3} "
+            f"mma {row['mma']:3} STL {row['stl']:3} LDL {row['ldl']:3} "
             f"warps {row['warps']} {row['seconds']:.1f}s",
             flush=True,
         )
@@ -109,9 +112,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "tf32", "ieee"])
     parser.add_argument("--gates", nargs="+", default=["none", "g", "gamma", "g+norm"])
     parser.add_argument("--ops", nargs="+", default=["chunk"])
+    parser.add_argument(
+        "--tile", nargs="*", default=[], help="kernel:chunk,block,warps,stages instead of the table's row"
+    )
     parser.add_argument("--check", type=int, default=None, help="fail if a kernel has more stack bytes than this")
     args = parser.parse_args()
     only = args.only
+    for row in args.tile:
+        kernel, numbers = row.split(":")
+        tiles.override[kernel] = tiles.Tile(*map(int, numbers.split(",")))
     JITFunction.run = run
     T, H = 8192, 2
     for dtype in args.dtypes:
@@ -122,7 +131,7 @@ def main() -> None:
                 normalize = gate.endswith("norm")
                 q = torch.empty(1, T, H, D, dtype=t)
                 g = torch.empty(1, T, H) if gate.startswith("g+") or gate == "g" else None
-                gamma = torch.empty(H) if gate == "gamma" else None
+                gamma = torch.empty(H) if gate.startswith("gamma") else None
                 S = torch.empty(1, H, D, D + normalize)
                 for op in args.ops:
                     label = f"{op} {dtype} {D} {gate}"

@@ -1,0 +1,92 @@
+"""torch.library.opcheck, with every utility it has, on every operator and any options."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing._internal.optests import generate_tests, make_fx_check
+
+import torch_la
+from cases import NAMES, Case, cases
+from torch_la import ops
+
+UTILITIES = list(generate_tests.ALL_TEST_UTILS)
+SHORT = [0, 1, 2, 5, 66]
+EXAMPLES = max(6, settings().max_examples // 4)  # each runs some ten traces
+
+
+def forward_arguments(case: Case, device: str, grad: bool) -> tuple[Any, ...]:
+    return tuple(case.arguments(device, grad).values())
+
+
+def backward_arguments(case: Case, device: str, grad: bool, gate_grad: bool) -> tuple[Any, ...]:
+    x = case.arguments(device)
+    o, S = torch_la.chunk(**x)
+    do, dS = case.cotangents(o, S)
+    x = case.arguments(device, grad)
+    inputs = [x[n] for n in ("q", "k", "v", "g", "g_gamma", "initial_state", "cu_seqlens")]
+    if grad:
+        do, dS = do.requires_grad_(), None if dS is None else dS.requires_grad_()
+    o = o if case.normalize else None
+    return (*inputs, case.scale, case.normalize, case.reverse, o, do, dS, gate_grad)
+
+
+def step_arguments(case: Case, device: str, pool: bool) -> tuple[Any, ...]:
+    x = case.arguments(device)
+    q, k, v, g = (None if x[n] is None else x[n][:, 0] for n in ("q", "k", "v", "g"))
+    dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
+    rows = case.B + 2 if pool else case.B
+    state = torch.rand(rows, case.HV, case.K, case.V + case.normalize, dtype=dtype, device=device)
+    indices = torch.arange(-1, case.B - 1, device=device) if pool else None
+    return q, k, v, state, g, x["g_gamma"], indices, case.scale, case.normalize
+
+
+def opcheck(op: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    # Compiled and eager gradients are the same calls; only what the tracer folds around them may round differently.
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    results = torch.library.opcheck(op, arguments, test_utils=UTILITIES, rtol=tolerance, atol=tolerance)
+    assert set(results) == set(UTILITIES)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_the_utilities_are_those_torch_has() -> None:
+    assert {"test_schema", "test_autograd_registration", "test_faketensor"} <= set(UTILITIES)
+    assert {"test_aot_dispatch_static", "test_aot_dispatch_dynamic"} <= set(UTILITIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data(), grad=st.booleans())
+def test_forward(name: str, device: str, grad: bool, data: st.DataObject) -> None:
+    case = data.draw(cases(device, lengths=SHORT))
+    opcheck(getattr(ops, name).operator.forward, forward_arguments(case, device, grad), case.dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data(), grad=st.booleans(), gate_grad=st.booleans())
+def test_backward(name: str, device: str, grad: bool, gate_grad: bool, data: st.DataObject) -> None:
+    case = data.draw(cases(device, lengths=SHORT))
+    arguments = backward_arguments(case, device, grad, gate_grad)
+    opcheck(getattr(ops, name).operator.backward, arguments, case.dtype)
+
+
+@settings(max_examples=2 * EXAMPLES)
+@given(data=st.data(), pool=st.booleans())
+def test_step(device: str, pool: bool, data: st.DataObject) -> None:
+    case = data.draw(cases(device, lengths=[1], packed=False))
+    opcheck(ops.recurrent_step.op, step_arguments(case, device, pool), case.dtype)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_make_fx(name: str, mode: str, device: str, data: st.DataObject) -> None:
+    """What the tracer records gives the same numbers: forward and backward operators, and the step."""
+    case = data.draw(cases(device, lengths=SHORT))
+    operator = getattr(ops, name).operator
+    make_fx_check(operator.forward, forward_arguments(case, device, False), {}, mode)
+    make_fx_check(operator.backward, backward_arguments(case, device, False, True), {}, mode)
