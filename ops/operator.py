@@ -16,7 +16,9 @@ Why each is done this way: docs/registration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -204,7 +206,7 @@ def _forward_function(operator: Operator, run: Kernel) -> Any:
             nested = private.transforms_nested()
             if nested:
                 primals = tuple(private.without_tangent(x) for x in primals)
-            with private.forward_grad(nested), torch.autocast(q.device.type, enabled=False):
+            with private.forward_grad(nested), uncast(q.device.type):
                 return derivatives.tangent(operator.forward, primals, tangents)
 
     return LinearAttention
@@ -360,6 +362,23 @@ def _legacy_vmap(rule: Kernel) -> Kernel:
 
 # ------------------------------------------------------------------------------------------------------------- autocast
 
+_uncast = ContextVar("_uncast", default=False)
+
+
+@contextmanager
+def uncast(device: str) -> Iterator[None]:
+    """No autocast in here, so that derivatives keep float32 inside.
+
+    Within a torch.func level `torch.autocast(enabled=False)` does not reach the levels below: a note of our own does.
+    """
+    token = _uncast.set(True)
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        _uncast.reset(token)
+
+
 _CAST = ("q", "k", "v", "o", "do")
 _LOW = (torch.float32, torch.bfloat16, torch.float16)  # autocast leaves float64 alone
 
@@ -375,7 +394,7 @@ def autocast_kernel(op: torch._ops.OpOverload, device: str, forward: bool) -> Ke
     def kernel(*inputs: Any) -> Any:
         changed = list(inputs)
         dtype = torch.get_autocast_dtype(device) if forward else inputs[like].dtype
-        for i in cast:
+        for i in () if _uncast.get() else cast:
             if changed[i] is not None and changed[i].dtype in _LOW:
                 changed[i] = changed[i].to(dtype)
         with private.exclude_keys(keys):
@@ -514,7 +533,7 @@ class Operator:
 
     def _composite_backward(self, *inputs: Any) -> Gradients:
         """The backward operator by calls of the forward one."""
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with uncast(inputs[0].device.type):
             return derivatives.gradients(self.forward, *inputs[:10], *inputs[11:])
 
     def _fall_back(self) -> None:

@@ -51,7 +51,7 @@ def gate_sums(
                 high = tl.where(up, high, tl.maximum(middle - 1, low))
                 size = size // 2
             origin = tl.load(cu + low, mask=inside, other=0).to(tl.int64)
-        chunk = t - (t - origin) % C
+        chunk = tl.where(t < origin, -1, t - (t - origin) % C)  # -1: before the first sequence
         ids = tl.broadcast_to(chunk[:, None], [WINDOW, BH])
         ids, x = tl.associative_scan((ids, x), 0, _same_chunk, reverse=REVERSE)
     own = inside & (t >= block * BT) & (t < (block + 1) * BT)
