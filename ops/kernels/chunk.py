@@ -32,11 +32,19 @@ def segment(slot, cu, table, T, cuts, L, LAYOUT: tl.constexpr):
 
 @triton.jit
 def outside(u, i, cu, T, N):
-    """Tokens of no sequence, counted by u + i: those before the first offset, then those past the last; how many."""
+    """Tokens of no sequence, counted by u + i: those before the first offset, then those past the last."""
     begin = tl.minimum(tl.maximum(tl.load(cu).to(tl.int64), 0), T)
     end = tl.minimum(tl.maximum(tl.load(cu + N).to(tl.int64), begin), T)
     t = u + i
-    return tl.where(t < begin, t, t - begin + end), begin + T - end
+    return tl.where(t < begin, t, t - begin + end)
+
+
+@triton.jit
+def count_outside(cu, T, N):
+    """How many there are."""
+    begin = tl.minimum(tl.maximum(tl.load(cu).to(tl.int64), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu + N).to(tl.int64), begin), T)
+    return begin + T - end
 
 
 @triton.jit
@@ -44,9 +52,9 @@ def zero_outside(out, out_t, cu, T, N, slot, slots, n0, WIDTH: tl.constexpr, BLO
     """Tokens of no sequence get zeros. All slots share that work; each clears the columns of its own tile."""
     n = n0 + tl.arange(0, BLOCK)
     i = tl.arange(0, 16)
-    _, total = outside(slot * 16, i, cu, T, N)
+    total = count_outside(cu, T, N)
     for u in range(slot * 16, total, slots * 16):
-        t, _ = outside(u, i, cu, T, N)
+        t = outside(u, i, cu, T, N)
         mask = (u + i < total)[:, None] & (n < WIDTH)[None, :]
         tl.store(out + t[:, None] * out_t + n[None, :], tl.zeros([16, BLOCK], out.dtype.element_ty), mask=mask)
 

@@ -6,7 +6,7 @@ B batch   T time   HV value heads   K key width   V value width   C chunk   L to
 import triton
 import triton.language as tl
 
-from .chunk import outside, segment
+from .chunk import count_outside, outside, segment
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def gate_gradient(
         dg += batch * T * HV + h
         tl.store(dg + (t0 + i) * HV, x.to(dg.dtype.element_ty), mask=live)
         if LAYOUT != 0:
-            _, total_outside = outside(slot * BL, i, cu, T, N)
-            for u in range(slot * BL, total_outside, slots * BL):
-                t, _ = outside(u, i, cu, T, N)
-                tl.store(dg + t * HV, tl.zeros([BL], dg.dtype.element_ty), mask=u + i < total_outside)
+            none = count_outside(cu, T, N)
+            for u in range(slot * BL, none, slots * BL):
+                t = outside(u, i, cu, T, N)
+                tl.store(dg + t * HV, tl.zeros([BL], dg.dtype.element_ty), mask=u + i < none)

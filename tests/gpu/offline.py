@@ -12,6 +12,7 @@ unset.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "tf32", "ieee"])
     parser.add_argument("--gates", nargs="+", default=["none", "g", "gamma", "g+norm"])
     parser.add_argument("--ops", nargs="+", default=["chunk"])
+    parser.add_argument("--layouts", nargs="+", default=["dense"], choices=["dense", "packed", "cut"])
     parser.add_argument(
         "--tile", nargs="*", default=[], help="kernel:chunk,block,warps,stages instead of the table's row"
     )
@@ -133,12 +135,15 @@ def main() -> None:
                 g = torch.empty(1, T, H) if gate.startswith("g+") or gate == "g" else None
                 gamma = torch.empty(H) if gate.startswith("gamma") else None
                 S = torch.empty(1, H, D, D + normalize)
-                for op in args.ops:
-                    label = f"{op} {dtype} {D} {gate}"
-                    launch.forward(op, q, q, q, g, gamma, S, True, None, 0.5, normalize, False)
+                for op, layout in itertools.product(args.ops, args.layouts):
+                    label = f"{op} {dtype} {D} {gate} {layout}"
+                    cu = None if layout == "dense" else torch.tensor([0, T], dtype=torch.int32)
+                    tiles.segment = {"dense": None, "packed": T, "cut": 1024}[layout]
+                    launch.forward(op, q, q, q, g, gamma, S, True, cu, 0.5, normalize, False)
                     launch.backward(
-                        op, q, q, q, g, gamma, S, None, 0.5, normalize, False, q if normalize else None, q, S, True
+                        op, q, q, q, g, gamma, S, cu, 0.5, normalize, False, q if normalize else None, q, S, True
                     )
+                    tiles.segment = None
         label = f"step {D}"
         x, state = torch.empty(2, H, D, dtype=t), torch.empty(2, H, D, D)
         launch.step_(x, x, x, state, torch.empty(2, H), None, None, 0.5, False)
