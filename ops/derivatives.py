@@ -89,12 +89,18 @@ class _Time:
         return x.masked_fill(tokens.view(1, -1, *[1] * (x.ndim - 2)), 0)
 
 
+def _scale(q: Tensor, scale: float | None) -> float:
+    """The factor on q. As a number also while sizes are symbolic: widths do not vary, and PyTorch's pass over symbolic
+    floats stumbles over graphs that need this one and nothing else of the width (torch 2.13, KeyError)."""
+    return int(q.shape[3]) ** -0.5 if scale is None else scale
+
+
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """s q, k, v and the gates in the working dtype, with as many key heads as value heads."""
     dtype, (B, T, H, K), HV = state_dtype(q), q.shape, v.shape[2]
-    q = q.to(dtype) * (K**-0.5 if scale is None else scale)
+    q = q.to(dtype) * _scale(q, scale)
     q, k = (x.to(dtype).unsqueeze(3).expand(B, T, H, HV // H, K).reshape(B, T, HV, K) for x in (q, k))
     if g_gamma is not None:
         g = g_gamma.expand(B, T, HV)
@@ -172,9 +178,8 @@ def gradients(
     def per_key_head(x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], H, x.shape[2] // H, x.shape[3]).sum(3)
 
-    factor = q.shape[3] ** -0.5 if scale is None else scale
     return (
-        (factor * per_key_head(da)).to(q.dtype),
+        (_scale(q, scale) * per_key_head(da)).to(q.dtype),
         per_key_head(db).to(k.dtype),
         dc.to(v.dtype),
         None if dgate is None or g is None else dgate.to(g.dtype),

@@ -73,6 +73,14 @@ def test_backward(name: str, device: str, grad: bool, gate_grad: bool, data: st.
     opcheck(getattr(ops, name).operator.backward, arguments, case.dtype)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_of_an_empty_batch_with_the_default_scale(name: str, device: str) -> None:
+    """K ** -0.5 as a symbolic float once tripped PyTorch's tracer where nothing else of the width was left."""
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    case = Case(B=0, T=0, H=1, K=3, V=2, dtype=dtype, gate="none", state=True, normalize=True)
+    opcheck(getattr(ops, name).operator.backward, backward_arguments(case, device, True, False), dtype)
+
+
 @settings(max_examples=2 * EXAMPLES)
 @given(data=st.data(), pool=st.booleans())
 def test_step(device: str, pool: bool, data: st.DataObject) -> None:
