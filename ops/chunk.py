@@ -8,7 +8,8 @@ so it fills a GPU when heads are few and sequences long. It reads k and v once m
 """
 
 from . import cpu, cuda
-from .operator import FLOP_CHUNK, Operator
+from .operator import Operator
+from .rules import FLOP_CHUNK
 
 operator = Operator(
     "chunk",

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..checks import state_dtype
 from . import private
 from .reference import EPS
+from .rules import uncast
 
 Forward = Callable[..., Any]  # returns (Tensor, Tensor | None)
 
@@ -259,7 +260,7 @@ def vjp_of_gradients(
         full = list(arguments)
         for i, x in zip(wanted, tensors, strict=True):
             full[i] = x
-        with torch.autocast(full[0].device.type, enabled=False):
+        with uncast(full[0].device.type):
             outputs = gradients(op, *full[:10], *full[11:])
         return tuple(x for x, c in zip(outputs, cotangents, strict=True) if x is not None and c is not None)
 

@@ -8,7 +8,8 @@ whose cores are few, it is the same kernel as `la::chunk`.
 """
 
 from . import cpu, cuda
-from .operator import FLOP_CHUNK, Operator
+from .operator import Operator
+from .rules import FLOP_CHUNK
 
 operator = Operator(
     "fused_chunk",

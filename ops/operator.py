@@ -6,7 +6,7 @@
 - kernels: by device; each checks the contract first
 - fake: shapes and dtypes without data, with the same checks
 - autograd: reverse and forward mode, for both operators, to any order
-- vmap: the new dimension joins the batch, or the heads
+- vmap: the new dimension joins the batch, or the heads (`rules.py`, with the next two)
 - autocast: q, k and v are cast; gates and states are left alone
 - FLOP formulas and DTensor sharding rules: when the PyTorch modules that ask for them are imported
 
@@ -16,17 +16,14 @@ Why each is done this way: docs/registration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from . import derivatives, late, private
+from . import derivatives, late, private, rules
 
 NAMESPACE = "la"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -42,7 +39,7 @@ BACKWARD = (
     "(Tensor dq, Tensor dk, Tensor dv, Tensor? dg, Tensor? dg_gamma, Tensor? dinitial_state)"
 )
 
-Kernel = Callable[..., Any]
+Kernel = rules.Kernel
 Forward = tuple[Tensor, Tensor | None]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -206,7 +203,7 @@ def _forward_function(operator: Operator, run: Kernel) -> Any:
             nested = private.transforms_nested()
             if nested:
                 primals = tuple(private.without_tangent(x) for x in primals)
-            with private.forward_grad(nested), uncast(q.device.type):
+            with private.forward_grad(nested), rules.uncast(q.device.type):
                 return derivatives.tangent(operator.forward, primals, tangents)
 
     return LinearAttention
@@ -281,143 +278,6 @@ def _no_forward_mode(kernel: Kernel) -> Kernel:
     return guarded
 
 
-# ----------------------------------------------------------------------------------------------------------------- vmap
-
-# Where each tensor has its batch and its heads. g_gamma has no batch.
-_AXES: dict[str, tuple[int | None, int]] = dict.fromkeys(("q", "k", "v", "g", "o", "do"), (0, 2))
-_AXES |= {"g_gamma": (None, 0), "initial_state": (0, 1), "dfinal_state": (0, 1)}
-_FORWARD_AXES = (_AXES["o"], _AXES["initial_state"])
-_BACKWARD_AXES = tuple(_AXES[name] for name in ("q", "k", "v", "g", "g_gamma", "initial_state"))
-
-
-def arguments(op: torch._ops.OpOverload) -> list[str]:
-    return [argument.name for argument in op._schema.arguments]
-
-
-def _vmap(op: torch._ops.OpOverload, output_axes: Sequence[tuple[int | None, int]]) -> Kernel:
-    """The new dimension joins the batch, which costs no copy; or the heads, where the batch cannot take it.
-
-    That is so when sequences are packed (the batch is 1), and when g_gamma has a value, or a gradient, per sample.
-    """
-    names = arguments(op)
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        given = dict(zip(names, inputs, strict=True))
-        dims = dict(zip(names, in_dims, strict=True))
-        size = info.batch_size
-        if dims["cu_seqlens"] is not None:  # other offsets in every sample: nothing to share
-            samples = [
-                op(*(x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims, strict=True)))
-                for i in range(size)
-            ]
-            stacked = [None if x[0] is None else torch.stack(x) for x in zip(*samples, strict=True)]
-            return tuple(stacked), tuple(None if x is None else 0 for x in stacked)
-
-        own_decay = given["g_gamma"] is not None and (dims["g_gamma"] is not None or given.get("gate_grad", False))
-        which = 1 if given["cu_seqlens"] is not None or own_decay else 0
-
-        def fold(name: str) -> Any:
-            x = given[name]
-            axis = _AXES[name][which] if name in _AXES else None
-            if not isinstance(x, Tensor) or axis is None:
-                return x
-            x = x.expand(size, *x.shape) if dims[name] is None else x.movedim(dims[name] or 0, 0)
-            return x.movedim(0, axis).flatten(axis, axis + 1)
-
-        outputs, out_dims = [], []
-        for x, axes in zip(op(*map(fold, names)), output_axes, strict=True):
-            axis = axes[which]
-            if x is not None:
-                assert axis is not None
-                x = x.unflatten(axis, (size, x.shape[axis] // size))
-            outputs.append(x)
-            out_dims.append(None if x is None else axis)
-        return tuple(outputs), tuple(out_dims)
-
-    return rule
-
-
-def _legacy_vmap(rule: Kernel) -> Kernel:
-    """The same rule for the vmap behind `torch.autograd.grad(is_grads_batched=True)`, which is not that of torch.func.
-
-    Its batched tensors carry their dimension inside, under a level that counts the open vmaps.
-    """
-
-    def kernel(*inputs: Any) -> Any:
-        level = private.vmap_level()
-        # A batched tensor comes back with its dimension in front; any other, with one of size 1.
-        tensors = [torch._remove_batch_dim(x, level, 1, 0) if isinstance(x, Tensor) else None for x in inputs]
-        size = max(x.shape[0] for x in tensors if x is not None)
-        mapped = [x is not None and x.shape[0] == size for x in tensors]
-        unwrapped = [x if y is None else y if m else y[0] for x, y, m in zip(inputs, tensors, mapped, strict=True)]
-        outputs, dims = rule(SimpleNamespace(batch_size=size), tuple(0 if m else None for m in mapped), *unwrapped)
-        # in front and contiguous: forward mode restrides its tensors
-        return tuple(
-            x if d is None else torch._add_batch_dim(x.movedim(d, 0).contiguous(), 0, level)
-            for x, d in zip(outputs, dims, strict=True)
-        )
-
-    return kernel
-
-
-# ------------------------------------------------------------------------------------------------------------- autocast
-
-_uncast = ContextVar("_uncast", default=False)
-
-
-@contextmanager
-def uncast(device: str) -> Iterator[None]:
-    """No autocast in here, so that derivatives keep float32 inside.
-
-    Within a torch.func level `torch.autocast(enabled=False)` does not reach the levels below: a note of our own does.
-    """
-    token = _uncast.set(True)
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        _uncast.reset(token)
-
-
-_CAST = ("q", "k", "v", "o", "do")
-_LOW = (torch.float32, torch.bfloat16, torch.float16)  # autocast leaves float64 alone
-
-
-def autocast_kernel(op: torch._ops.OpOverload, device: str, forward: bool) -> Kernel:
-    """q, k, v in the autocast dtype. The backward runs in the dtypes of its forward: only o and do follow v."""
-    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    names = arguments(op)
-    cast = [i for i, name in enumerate(names) if name in _CAST and (forward or name in ("o", "do"))]
-    like = names.index("v")
-
-    def kernel(*inputs: Any) -> Any:
-        changed = list(inputs)
-        dtype = torch.get_autocast_dtype(device) if forward else inputs[like].dtype
-        for i in () if _uncast.get() else cast:
-            if changed[i] is not None and changed[i].dtype in _LOW:
-                changed[i] = changed[i].to(dtype)
-        with private.exclude_keys(keys):
-            return op(*changed)
-
-    return kernel
-
-
-# ---------------------------------------------------------------------------------------------------------------- flops
-
-FLOP_CHUNK = 64
-
-
-def flops(q: Sequence[int], v: Sequence[int], chunk: int, passes: int) -> int:
-    """Floating-point operations of `passes` linear-attention passes with shapes q [B, T, H, K] and v [B, T, HV, V].
-
-    Per token and value head: 2 C (K + V) for the scores and their product with the values inside a chunk of C tokens,
-    4 K V for reading and writing the state. The forward is one pass, the backward three (dq, dk, dv).
-    """
-    (B, T, _, K), (HV, V) = q, v[2:]
-    return passes * B * T * HV * (2 * chunk * (K + V) + 4 * K * V)
-
-
 # ------------------------------------------------------------------------------------------------------------- operator
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
@@ -454,18 +314,20 @@ class Operator:
 
         guard = (lambda kernel: kernel) if private.AVAILABLE else _no_forward_mode
         for op, kernels, fake, axes in (
-            (self.forward, self.kernels, _fake_forward, _FORWARD_AXES),
-            (self.backward, backward, _fake_backward, _BACKWARD_AXES),
+            (self.forward, self.kernels, _fake_forward, rules.FORWARD_AXES),
+            (self.backward, backward, _fake_backward, rules.BACKWARD_AXES),
         ):
             path = op._schema.name
             for device, kernel in kernels.items():
                 library.impl(path, guard(kernel), device.upper())
             torch.library.register_fake(path, fake, lib=library)
-            torch.library.register_vmap(path, _vmap(op, axes), lib=library)
-            library.impl(path, _legacy_vmap(_vmap(op, axes)), "Batched")
+            torch.library.register_vmap(path, rules.vmap(op, axes), lib=library)
+            library.impl(path, rules.legacy_vmap(rules.vmap(op, axes)), "Batched")
             if private.exclude_keys is not None:
                 for device in ("cpu", "cuda"):
-                    library.impl(path, autocast_kernel(op, device, op is self.forward), f"Autocast{device.upper()}")
+                    library.impl(
+                        path, rules.autocast_kernel(op, device, op is self.forward), f"Autocast{device.upper()}"
+                    )
 
         if private.AVAILABLE:
             library.impl(name, autograd_kernel(self.forward, lambda run: _forward_function(self, run)), "Autograd")
@@ -484,7 +346,7 @@ class Operator:
 
             for op, passes in ((self.forward, 1), (self.backward, 3)):
                 register_flop_formula(op.overloadpacket)(
-                    lambda q, k, v, *_, passes=passes, out_shape=None, **__: flops(q, v, chunk, passes)
+                    lambda q, k, v, *_, passes=passes, out_shape=None, **__: rules.flops(q, v, chunk, passes)
                 )
 
         def shard() -> None:
@@ -533,7 +395,7 @@ class Operator:
 
     def _composite_backward(self, *inputs: Any) -> Gradients:
         """The backward operator by calls of the forward one."""
-        with uncast(inputs[0].device.type):
+        with rules.uncast(inputs[0].device.type):
             return derivatives.gradients(self.forward, *inputs[:10], *inputs[11:])
 
     def _fall_back(self) -> None:

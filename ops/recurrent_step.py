@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import checks
 from . import cuda, late, private
-from .operator import NAMESPACE, Kernel, autocast_kernel, define, flops, library, plain
+from .operator import NAMESPACE, Kernel, define, library, plain
+from .rules import autocast_kernel, flops
 
 op = define(
     "recurrent_step_",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import torch_la
 from cases import INPUTS, NAMES, OPERATORS, Case, close, norm
 from torch_la import ops
-from torch_la.ops.operator import flops
+from torch_la.ops.rules import flops
 
 every_op = pytest.mark.parametrize("name", NAMES)
 GATED = Case(T=70, groups=2, dtype=torch.float32)
