@@ -74,8 +74,11 @@ _calls = ["call", "forward", "forward, recorded for a gradient", "forward and ba
 _columns = ["forward", "forward_recorded", "forward_and_backward"]
 _overhead_rows = [[row["call"], *(f"{row[column]:.1f}" for column in _columns)] for row in _overhead["table"]]
 _gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer")}
+_stack = _record("stack")
+_spills = [[*name.rsplit(" ", 1), str(size)] for name, size in _stack["stack_bytes"].items() if size]
 _tables = {"cases": _worst, "timing": _timing, "sanitizer": _findings}
 myst_substitutions = {
     "overhead": {**_overhead, "table": _table(_calls, _overhead_rows)},
+    "stack": {**_stack, "table": _table(["case", "kernel", "stack, bytes"], _spills)},
     "gpu": {name: {**r, "table": _tables[name](r) if name in _tables else ""} for name, r in _gpu.items()},
 }

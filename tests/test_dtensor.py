@@ -3,6 +3,7 @@
 import socket
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
@@ -99,6 +100,11 @@ def worker(rank: int, port: int) -> None:
             x = BASE.arguments(grad=True)
             want = forward_backward(OPERATORS[name], x)
             equal(forward_backward(compiled, distributed(x, dims)), want, f"compiled {name}")
+
+    # DTensor would hand back q for an operator whose name ends in an underscore: better refused.
+    q, k, v, state = (distribute_tensor(torch.randn(2, 4, *more), mesh, [Shard(1)]) for more in ([3], [3], [5], [3, 5]))
+    with pytest.raises(NotImplementedError, match="recurrent_step_"):
+        torch_la.recurrent_step(q, k, v, state)
     dist.destroy_process_group()
 
 

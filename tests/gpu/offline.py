@@ -1,7 +1,7 @@
 # ruff: noqa: C408
 """Compiles every launch of the kernels for Hopper without a GPU, and prints what the compiler made of each.
 
-    python tests/gpu/offline.py [--only SUBSTRING] [--widths 64 128 256] [--check STACK_BYTES]
+    python tests/gpu/offline.py [--only SUBSTRING] [--widths 64 128 256] [--record FILE | --check FILE]
 
 The launches are real ones of `launch.forward`, `launch.backward` and `launch.step_` on CPU tensors; only the last step,
 running the kernel, is replaced by a compilation for sm_90. Columns: registers, stack bytes (spills), shared memory,
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 import triton
@@ -117,7 +119,8 @@ def main() -> None:
     parser.add_argument(
         "--tile", nargs="*", default=[], help="kernel:chunk,block,warps,stages instead of the table's row"
     )
-    parser.add_argument("--check", type=int, default=None, help="fail if a kernel has more stack bytes than this")
+    parser.add_argument("--record", type=Path, help="write the stack bytes of each kernel here")
+    parser.add_argument("--check", type=Path, help="fail if a kernel has more stack bytes than this record says")
     args = parser.parse_args()
     only = args.only
     for row in args.tile:
@@ -147,7 +150,17 @@ def main() -> None:
         label = f"step {D}"
         x, state = torch.empty(2, H, D, dtype=t), torch.empty(2, H, D, D)
         launch.step_(x, x, x, state, torch.empty(2, H), None, None, 0.5, False)
-    failed = [r for r in rows if "failed" in r or (args.check is not None and r["stack"] > args.check)]
+    failed = [r for r in rows if "failed" in r]
+    stack = {f"{r['case']} {r['kernel']}": r["stack"] for r in rows if "failed" not in r}
+    if args.record:
+        lines = ",\n".join(f"  {json.dumps(name)}: {size}" for name, size in stack.items())
+        args.record.write_text(f'{{\n "triton": "{triton.__version__}",\n "stack_bytes": {{\n{lines}\n }}\n}}\n')
+    if args.check:
+        known = json.loads(args.check.read_text())["stack_bytes"]
+        for name, size in stack.items():
+            if size > known.get(name, 0):
+                failed.append({"case": name})
+                print(f"{name}: {size} bytes of stack, on record {known.get(name, 0)}")
     print(f"{len(rows)} kernels, {len(failed)} failed")
     raise SystemExit(bool(failed))
 
