@@ -27,7 +27,6 @@ from . import derivatives, late, private, rules
 
 NAMESPACE = "la"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
-operators: dict[str, Operator] = {}
 
 FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? initial_state, bool output_final_state, "
@@ -356,7 +355,6 @@ class Operator:
 
         late.when_imported("torch.utils.flop_counter", count)
         late.when_imported("torch.distributed.tensor", shard)
-        operators[name] = self
 
     def __call__(
         self,
