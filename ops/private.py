@@ -1,8 +1,8 @@
-"""The private names of PyTorch that this library uses, all of them, tested for at import.
+"""The private names of PyTorch that the operators use, tested for at import.
 
 `torch.library.register_autograd` gives an operator reverse mode only: `torch.func.grad` raises, and `torch.func.jvp`
-returns a zero tangent without a word. An "Autograd" kernel of our own, on `_SingleLevelFunction`, gives both, on every
-release from 2.11 to 2.15. Where one of these names is gone, `AVAILABLE` is False and the operators fall back to
+returns a zero tangent without a word. An "Autograd" kernel of our own, on `_SingleLevelFunction`, gives both. That
+is tested on 2.13. Where one of these names is gone, `AVAILABLE` is False and the operators fall back to
 `register_autograd`; forward mode then raises instead of returning zeros.
 """
 
@@ -42,6 +42,9 @@ exclude_keys: Any = _find("_C._ExcludeDispatchKeyGuard")
 transforms_active: Any = _find("_C._are_functorch_transforms_active")
 _transform_stack: Any = _find("_C._functorch.get_interpreter_stack")
 any_requires_grad: Any = _find("_C._any_requires_grad")
+# The two ends of the older vmap's tensors.
+add_batch_dim: Any = _find("_add_batch_dim")
+remove_batch_dim: Any = _find("_remove_batch_dim")
 # Turns forward mode back on inside a Function's forward.
 forward_grad: Any = _find("autograd.forward_ad._set_fwd_grad_enabled")
 # Modes that would have to see the call: the length of each stack.

@@ -74,7 +74,7 @@ def _refuse_derivatives(*inputs: Any) -> None:
 
 def _autograd(*inputs: Any) -> Tensor:
     _refuse_derivatives(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         out: Tensor = op(*inputs)
     torch.autograd.graph.increment_version(inputs[3])  # a tensor saved for a backward must notice the write
     return out

@@ -83,14 +83,14 @@ def legacy_vmap(rule: Kernel) -> Kernel:
     def kernel(*inputs: Any) -> Any:
         level = private.vmap_level()
         # A batched tensor comes back with its dimension in front; any other, with one of size 1.
-        tensors = [torch._remove_batch_dim(x, level, 1, 0) if isinstance(x, Tensor) else None for x in inputs]
+        tensors = [private.remove_batch_dim(x, level, 1, 0) if isinstance(x, Tensor) else None for x in inputs]
         size = max(x.shape[0] for x in tensors if x is not None)
         mapped = [x is not None and x.shape[0] == size for x in tensors]
         unwrapped = [x if y is None else y if m else y[0] for x, y, m in zip(inputs, tensors, mapped, strict=True)]
         outputs, dims = rule(SimpleNamespace(batch_size=size), tuple(0 if m else None for m in mapped), *unwrapped)
         # in front and contiguous: forward mode restrides its tensors
         return tuple(
-            x if d is None else torch._add_batch_dim(x.movedim(d, 0).contiguous(), 0, level)
+            x if d is None else private.add_batch_dim(x.movedim(d, 0).contiguous(), 0, level)
             for x, d in zip(outputs, dims, strict=True)
         )
 

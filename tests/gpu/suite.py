@@ -183,6 +183,8 @@ def cases(full: bool) -> Iterator[dict]:
         for j, options in enumerate(OPTIONS):
             if full or dtype == "bf16" or j % 4 == 0:
                 yield make(dtype=dtype, K=64, V=64, op="recurrent", **options)
+        for width in (128, 256):  # the wider rows of "tokens"
+            yield make(dtype=dtype, K=width, V=width, op="recurrent", gate="g", normalize=True, state=True)
     for T in (1, 63, 64, 65, 1000, 4096, 32768):
         for gate in ("none", "g", "gamma"):
             heads = 8 if gate == "gamma" else 2
@@ -277,7 +279,12 @@ def extras() -> list[dict]:
         check("graph " + name(case), all(torch.equal(captured[n], again[n]) for n in again))
 
     # step: in place, slots, every slot once; against the reference
-    for K, V, norm, dtype in ((64, 64, False, "bf16"), (128, 128, True, "fp16"), (60, 100, False, "tf32")):
+    for K, V, norm, dtype in (
+        (64, 64, False, "bf16"),
+        (128, 128, True, "fp16"),
+        (60, 100, False, "tf32"),
+        (256, 256, True, "bf16"),
+    ):
         B, H, HV, P = 5, 2, 4, 9
         r = lambda *s: torch.rand(*s, device=DEVICE)
         q, k, v = (r(B, h, w).to(DTYPES[dtype]) for h, w in ((H, K), (H, K), (HV, V)))
