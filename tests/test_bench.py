@@ -102,13 +102,16 @@ def test_the_table_survives_being_written() -> None:
     for kernel, rows in tune.CANDIDATES.items():
         for precision in rows:
             for width in tune.WIDTHS:
-                for gated in (False, True):
-                    assert isinstance(tiles.tile(kernel, precision, width, width, gated), tiles.Tile)
+                assert isinstance(tiles.tile(kernel, precision, width, width), tiles.Tile)
+    # the states between blocks are kept for the chunks of the backward
+    for precision, rows in table["states"].items():
+        for width, row in rows.items():
+            assert row[0] == table["backward"][precision + "+blocks"][width][0]
 
 
 def test_the_options_parse() -> None:
     parser = argparse.ArgumentParser()
     tune.add_arguments(parser)
-    options = parser.parse_args(["--kernel", "forward", "--precision", "half+g", "--width", "64", "--dry-run"])
-    assert (options.kernel, options.precision, options.width) == (["forward"], ["half+g"], [64])
+    options = parser.parse_args(["--kernel", "forward", "--precision", "half+blocks", "--width", "64", "--dry-run"])
+    assert (options.kernel, options.precision, options.width) == (["forward"], ["half+blocks"], [64])
     assert options.dry_run

@@ -42,6 +42,8 @@ CASES: dict[str, Case] = {
     "tf32": dict(dtype="tf32"),
     "tf32, ungated": dict(dtype="tf32", gate="none", normalize=True),
     "float16": dict(dtype="fp16", K=16, V=16),
+    "float16, strong decay": dict(dtype="fp16", gate="strong", K=16, V=16),
+    "float16, strong decay, reverse": dict(dtype="fp16", gate="strong", segment=16, reverse=True, state=False),
     "float16, segments, normalised": dict(dtype="fp16", segment=16, normalize=True),
     "normalised": dict(normalize=True, B=2, H=1, HV=2),
     "normalised, ungated": dict(normalize=True, gate="none"),
@@ -70,6 +72,9 @@ CASES: dict[str, Case] = {
     "some strong decay": dict(gate="some", HV=2),  # one head takes the factored form, the other cannot
     "some strong decay, reverse": dict(gate="some", HV=2, reverse=True, segment=16),
     "head gates, one strong": dict(gate="gamma some", HV=2, cu=[0, 20, 33], T=40),
+    "gates without a gradient": dict(fixed=True, HV=2),
+    "gates without a gradient, segments, reverse": dict(fixed=True, segment=16, reverse=True),
+    "head gates without a gradient, packed": dict(fixed=True, gate="gamma", cu=[0, 20, 33], T=40, segment=16),
     "resets": dict(gate="reset", segment=16),
     "resets, reverse": dict(gate="reset", reverse=True),
     "growth": dict(gate="growth"),
@@ -81,9 +86,9 @@ CASES: dict[str, Case] = {
     "tokens, reverse, normalised": dict(op="recurrent", T=15, reverse=True, normalize=True),
     "tokens, head gate": dict(op="recurrent", T=15, gate="gamma", H=1, HV=2),
     "tokens, ungated, normalised": dict(op="recurrent", T=15, gate="none", normalize=True),
-    "tokens, segments": dict(op="recurrent", T=35, segment=16, gate="reset"),
-    "tokens, segments, normalised": dict(op="recurrent", T=35, segment=16, normalize=True, reverse=True),
-    "tokens, strong decay": dict(op="recurrent", T=15, gate="strong"),
+    "tokens, segments": dict(op="recurrent", T=150, segment=64, gate="reset"),
+    "tokens, segments, normalised": dict(op="recurrent", T=150, segment=64, normalize=True, reverse=True),
+    "tokens, strong decay": dict(op="recurrent", T=70, gate="strong"),
     "tokens, packed": dict(op="recurrent", cu=[0, 0, 9, 9, 15], T=18, normalize=True),
     "no tokens": dict(T=0),
     "no batch": dict(B=0),
@@ -163,6 +168,8 @@ def run(options: Case) -> dict[str, float]:
     o, S = reference.recurrent(*leaves, True, cu, *flags)
     loss = (o * do.double()).sum() + (0.0 if dS1 is None else (S * dS1.double()).sum())
     used = {n: x for n, x in zip(["dq", "dk", "dv", "dg", "dgamma", "dS0"], leaves, strict=True) if x is not None}
+    if case.get("fixed"):
+        used = {n: x for n, x in used.items() if n not in ("dg", "dgamma")}
     grads = torch.autograd.grad(loss, list(used.values()), allow_unused=True, materialize_grads=True)
     want = {"o": o, "S": S} | dict(zip(used, grads, strict=True))
 
@@ -172,7 +179,8 @@ def run(options: Case) -> dict[str, float]:
         tiles.override |= {name: tiles.Tile(case["chunk"], 16, 4, 1) for name in ("forward", "backward")}
     mine, S = launch.forward(case["op"], q, k, v, g, gamma, S0, True, cu, *flags)
     grads = launch.backward(
-        case["op"], q, k, v, g, gamma, S0, cu, *flags, mine if normalize else None, do, dS1, True
+        case["op"], q, k, v, g, gamma, S0, cu, *flags, mine if normalize else None, do, dS1,
+        not case.get("fixed"),
     )  # fmt: skip
     got = {"o": mine, "S": S} | dict(zip(["dq", "dk", "dv", "dg", "dgamma", "dS0"], grads, strict=True))
     got = {n: x for n, x in got.items() if x is not None}

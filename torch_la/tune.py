@@ -23,14 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Row = tuple[int, int, int, int]  # chunk, block, warps, stages
+Row = tuple[int, ...]  # chunk, block, warps, stages, and perhaps registers
 
 # Each kind of product: the dtypes it serves and the relative error against float64 that each may have.
 LIMITS = {
     "half": {torch.bfloat16: 5e-3, torch.float16: 1e-3},
-    "half+g": {torch.bfloat16: 5e-3, torch.float16: 1e-3},  # gated calls alone, where their best tile differs
+    "half+blocks": {torch.bfloat16: 5e-3, torch.float16: 1e-3},  # a backward with gradients of gates
     "tf32": {torch.float32: 1e-3},
+    "tf32+blocks": {torch.float32: 1e-3},
     "ieee": {torch.float32: 1e-5},
+    "ieee+blocks": {torch.float32: 1e-5},
     "any": {torch.float32: 1e-5},
 }
 WIDTHS = (64, 128, 256)
@@ -44,6 +46,18 @@ CANDIDATES: dict[str, dict[str, list[Row]]] = {
         ],
     }
     for kernel in ("forward", "backward")
+}
+CANDIDATES["backward"] |= {
+    "half+blocks": [
+        *itertools.product((64, 128), (64, 128), (4, 8), (1,)),
+        *itertools.product((64,), (64,), (4,), (1,), (104, 128, 144, 168)),
+    ],
+    "tf32+blocks": list(itertools.product((32, 64), (32, 64), (4, 8), (1,))),
+    "ieee+blocks": list(itertools.product((1,), (32, 64), (2, 4, 8), (1,))),
+}
+CANDIDATES["states"] = {
+    "half": list(itertools.product((64,), (32, 64, 128), (4, 8), (1, 2, 3, 4))),
+    "tf32": list(itertools.product((64,), (32, 64), (4, 8), (1, 2, 3))),
 }
 CANDIDATES["tokens"] = {"any": list(itertools.product((1,), (16, 32, 64), (2, 4, 8), (1,)))}
 CANDIDATES["step"] = {"any": list(itertools.product((1,), (8, 16, 32, 64), (1, 2, 4), (1,)))}
@@ -151,7 +165,7 @@ def _measure(kernel: str, precision: str, width: int, row: Row, seed: int) -> tu
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.manual_seed(seed)
     share = max(_worst(kernel, dtype, width) / limit for dtype, limit in LIMITS[precision].items())
-    gated = precision != "half"
+    gated = kernel == "states" or precision != "half"
     return share, _time(kernel, next(iter(LIMITS[precision])), width, gated) if share <= 1 else float("inf")
 
 
@@ -167,10 +181,10 @@ def tune(kernels: list[str], precisions: list[str], widths: list[int], output: P
     seed = torch.seed() % (1 << 31)
     pool = _pool()
     for kernel, precision, width in itertools.product(kernels, precisions, widths):
-        candidates = CANDIDATES[kernel].get(precision.removesuffix("+g"))
-        if candidates is None:
+        candidates = CANDIDATES[kernel].get(precision)
+        if candidates is None or str(width) not in table[kernel].get(precision, {}):
             continue
-        current: Row = astuple(tiles.tile(kernel, precision.removesuffix("+g"), width, width, precision != "half"))
+        current: Row = tuple(x for x in astuple(tiles.tile(kernel, precision, width, width)) if x is not None)
         best: tuple[float, Row] | None = None
         for row in dict.fromkeys([current, *candidates]):
             ms = float("inf")
@@ -189,7 +203,7 @@ def tune(kernels: list[str], precisions: list[str], widths: list[int], output: P
         if best is None:
             print(f"{kernel} {precision} {width}: no candidate is right; the row stays, and must not be used")
             return 1
-        table[kernel].setdefault(precision, {})[str(width)] = list(best[1])
+        table[kernel][precision][str(width)] = list(best[1])
     pool.shutdown()
     if write:
         output.write_text(_text(table))

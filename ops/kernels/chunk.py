@@ -7,7 +7,9 @@ A sequence is cut into segments ("slots"), each walked by its own programs from 
 
     LAYOUT 0  dense: B sequences of `cuts` segments of L tokens
     LAYOUT 1  packed, every sequence one segment: slot n is [cu[n], cu[n + 1])
-    LAYOUT 2  packed, cut: slot s is [table[2 s], table[2 s + 1]), empty where the static bound is not reached
+    LAYOUT 2  packed, cut: table[slot] is the sequence n, whose slots begin at cu[n] // L + n. Some slots stay empty.
+
+The backward with gradients of gates works on blocks of one chunk. They are slots too, with L = C.
 
 Program ids: output tile fastest, then head, then slot, all on grid axis x (the others end at 65,535). So the programs
 that read the same tokens run together, and share them through L2.
@@ -16,18 +18,30 @@ that read the same tokens run together, and share them through L2.
 import triton
 import triton.language as tl
 
-from .walk import operand, rows, walk, walk_safely, walk_tokens
+from .walk import decays, operand, pair_decay, rows, walk, walk_safely, walk_states, walk_states_tokens, walk_tokens
+
+
+@triton.jit
+def offset(cu, n, T):
+    """cu[n], held inside [0, T]."""
+    return tl.minimum(tl.maximum(tl.load(cu + n).to(tl.int64), 0), T)
 
 
 @triton.jit
 def segment(slot, cu, table, T, cuts, L, LAYOUT: tl.constexpr):
-    """Batch row, first and last token of a slot."""
+    """Sequence and batch row of a slot, its first token and end, and those of the sequence."""
     if LAYOUT == 0:
-        t0 = (slot % cuts).to(tl.int64) * L
-        return slot // cuts, t0, tl.minimum(t0 + L, T)
-    p = cu + slot if LAYOUT == 1 else table + 2 * slot
-    t0 = tl.maximum(tl.load(p).to(tl.int64), 0)
-    return slot * 0, t0, tl.minimum(tl.load(p + 1).to(tl.int64), T)
+        begin = slot * 0
+        t0 = slot % cuts * L
+        return slot // cuts, slot // cuts, t0, tl.minimum(t0 + L, T), begin, begin + T
+    n = slot if LAYOUT == 1 else tl.load(table + slot).to(tl.int64)
+    begin = offset(cu, n, T)
+    end = tl.maximum(offset(cu, n + 1, T), begin)
+    if LAYOUT == 1:
+        return n, slot * 0, begin, end, begin, end
+    number = slot - begin // L - n  # of the segment; negative in slots before the first sequence
+    t0 = tl.where(number < 0, end, tl.minimum(begin + number * L, end))
+    return n, slot * 0, t0, tl.minimum(t0 + L, end), begin, end
 
 
 @triton.jit
@@ -68,12 +82,17 @@ def state_tile(p, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def load_state(
-    p, used, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr, HAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
+    p, used, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr, HAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FLOAT: tl.constexpr = True,
+):  # fmt: skip
     if HAS:
         p, mask = state_tile(p, m, n, p_m, p_n, M, N)
-        return tl.load(p, mask=mask & used, other=0.0).to(tl.float32)
-    return tl.zeros([BM, BN], tl.float32)
+        S = tl.load(p, mask=mask & used, other=0.0)
+        if FLOAT:
+            S = S.to(tl.float32)
+    else:
+        S = tl.zeros([BM, BN], tl.float32)
+    return S
 
 
 @triton.jit
@@ -90,6 +109,20 @@ def head_gate(gamma, h, GATE: tl.constexpr):
         g = tl.load(gamma + h).to(tl.float32)
         return tl.where(g < -128.0, -128.0, g) * 1.4426950408889634
     return 0.0
+
+
+@triton.jit
+def owed(G, gamma2, t0, t1, begin, end, GATE: tl.constexpr, REVERSE: tl.constexpr):
+    """log2-decay of the first token of a slot, in the operator's order, and of the token after its last."""
+    if GATE == 2:
+        return gamma2, tl.where(t0 > begin if REVERSE else t1 < end, gamma2, 0.0)
+    if GATE == 0:
+        return 0.0, 0.0
+    if REVERSE:
+        first = tl.load(G + t1 - 1, mask=t0 < t1, other=0.0)
+        return first.to(tl.float32), tl.load(G + t0 - 1, mask=t0 > begin, other=0.0).to(tl.float32)
+    first = tl.load(G + t0, mask=t0 < t1, other=0.0)
+    return first.to(tl.float32), tl.load(G + t1, mask=t1 < end, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "N", "cuts", "L", "slots"])
@@ -119,7 +152,7 @@ def forward(
     n0 = pid % TILES * BN
     h = (pid // TILES % HV).to(tl.int64)
     slot = (pid // TILES // HV).to(tl.int64)
-    batch, t0, t1 = segment(slot, cu, table, T, cuts, L, LAYOUT)
+    _, batch, t0, t1, _, _ = segment(slot, cu, table, T, cuts, L, LAYOUT)
     used = t0 < t1 if LAYOUT == 2 else True  # slots of the table that no segment took have no state
     m = tl.arange(0, BK)
     n = n0 + tl.arange(0, BN)
@@ -133,8 +166,8 @@ def forward(
     v += batch * v_b + h * v_h
     go: tl.constexpr = walk_tokens if TOKENS else walk_safely
     S, z = go(
-        q, q_t, k, k_t, v, v_t, o, HV * V, q, q_t, o, G + (batch * HV + h) * T, head_gate(gamma, h, GATE), o, o, S, z,
-        t0, t1, 0, n0, scale, EPS, K, V, BK, BN, C, 0, GATE, REVERSE, NORMALIZE, True, False, PRECISION,
+        q, q_t, k, k_t, v, v_t, o, HV * V, q, q_t, o, o, G + (batch * HV + h) * T, head_gate(gamma, h, GATE), o, o,
+        S, z, 0.0, t0, t1, n0, scale, EPS, K, V, BK, BN, C, 0, GATE, REVERSE, NORMALIZE, False, True, PRECISION,
     )  # fmt: skip
     if HAS_S1:
         S1 += (slot * HV + h) * K * W
@@ -154,12 +187,14 @@ def local_state(
     v_b, v_t, v_h,
     G, gamma, rden, dden,
     states,  # [slots, HV, K, W] out: what each segment adds to the state
-    decay,  # [slots, HV] out: log2-decay of each segment
+    decay,  # [slots, HV] out: log2-decay of each segment; mirrored states owe that of a first token, not of their own
     cu, table, T, N, H, HV, cuts, L,
-    EPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, MIRROR: tl.constexpr, NORMALIZE: tl.constexpr,
     LAYOUT: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """What each segment adds to the state."""
+    DUE: tl.constexpr = MIRROR and GATE != 0 and not TOKENS
     COLUMNS: tl.constexpr = (V + BN - 1) // BN
     TILES: tl.constexpr = (K + BM - 1) // BM * COLUMNS
     W: tl.constexpr = V + NORMALIZE
@@ -168,7 +203,7 @@ def local_state(
     n0 = pid % COLUMNS * BN
     h = (pid // TILES % HV).to(tl.int64)
     slot = (pid // TILES // HV).to(tl.int64)
-    batch, t0, t1 = segment(slot, cu, table, T, cuts, L, LAYOUT)
+    _, batch, t0, t1, begin, end = segment(slot, cu, table, T, cuts, L, LAYOUT)
     if t0 >= t1:
         return
     m = m0 + tl.arange(0, BM)
@@ -177,11 +212,11 @@ def local_state(
     hk = h // (HV // H)
     k += batch * k_b + hk * k_h
     v += batch * v_b + h * v_h
-    go: tl.constexpr = walk_tokens if TOKENS else walk
-    S, z = go(
-        k, k_t, k, k_t, v, v_t, k, k_t, k, k_t, k, G + row, head_gate(gamma, h, GATE), rden + row, dden + row,
-        tl.zeros([BM, BN], tl.float32), tl.zeros([BM], tl.float32), t0, t1, m0, n0, 1.0,
-        EPS, K, V, BM, BN, C, 2 if MIRROR else 0, GATE, REVERSE, NORMALIZE, False, False, PRECISION,
+    S, z = tl.zeros([BM, BN], tl.float32), tl.zeros([BM], tl.float32)
+    go: tl.constexpr = walk_states_tokens if TOKENS else walk_states
+    S, z, _ = go(
+        k, k_t, v, v_t, G + row, head_gate(gamma, h, GATE), rden + row, dden + row, S, z, 0.0, states, states, 0, 0,
+        t0, t1, m0, n0, K, V, BM, BN, C, MIRROR, GATE, REVERSE, NORMALIZE, False, PRECISION,
     )  # fmt: skip
     states += (slot * HV + h) * K * W
     p, mask = state_tile(states, m, n, W, 1, K, V)
@@ -193,12 +228,87 @@ def local_state(
             total = head_gate(gamma, h, GATE) * (t1 - t0)
         else:
             total = 0.0
-            for t in range(t0, t1, C):
-                total += tl.load(G + row + (t if REVERSE else tl.minimum(t + C, t1) - 1)).to(tl.float32)
+            STEP: tl.constexpr = 1 if TOKENS else C  # token by token, G holds the gates themselves
+            for t in range(t0, t1, STEP):
+                total += tl.load(G + row + (t if REVERSE else tl.minimum(t + STEP, t1) - 1)).to(tl.float32)
+        if DUE:
+            own, due = owed(G + row, head_gate(gamma, h, GATE), t0, t1, begin, end, GATE, REVERSE)
+            total += due - own
         tl.store(decay + slot * HV + h, total)
 
 
-@triton.jit(do_not_specialize=["T", "cuts", "L"])
+@triton.jit(do_not_specialize=["T", "cuts", "L", "blocks", "first", "size", "z_size", "d_scale"])
+def boundaries(
+    q, q_b, q_t, q_h,
+    k, k_b, k_t, k_h,
+    v, v_b, v_t, v_h,
+    do, do_b, do_t, do_h,
+    G, gamma, rden, dden,
+    S0, s_n, s_h, s_k, s_v,  # [slots, HV, K, W] states in which the slots start
+    dS1, d_n, d_h, d_k, d_v,  # [slots, HV, K, W] their gradients where the slots end
+    d_scale,  # brings dS1 to the form divided by the scale
+    dS0,  # [slots, HV, K, W] out, contiguous
+    scale,
+    kept,  # [2, blocks, HV, K, V] out: states in which the blocks start, then their gradients where the blocks end
+    kept_z,  # [2, blocks, HV, K] out, float32: those of the normaliser
+    size, z_size,  # elements of one half of them
+    cu, table, T, H, HV, cuts, L, blocks,
+    first,  # direction: 0 states, 1 their gradients
+    DIRECTIONS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_S0: tl.constexpr, HAS_DS1: tl.constexpr,
+    HAS_DS0: tl.constexpr, LAYOUT: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walks the slots and keeps the state before every block of C tokens; and the same for its gradient."""
+    TILES: tl.constexpr = (V + BN - 1) // BN
+    W: tl.constexpr = V + NORMALIZE
+    pid = tl.program_id(0)
+    n0 = pid % TILES * BN
+    h = (pid // TILES % HV).to(tl.int64)
+    direction = pid // TILES // HV % DIRECTIONS + first
+    slot = (pid // TILES // HV // DIRECTIONS).to(tl.int64)
+    sequence, batch, t0, t1, begin, end = segment(slot, cu, table, T, cuts, L, LAYOUT)
+    used = t0 < t1 if LAYOUT == 2 else True
+    m = tl.arange(0, BK)
+    n = n0 + tl.arange(0, BN)
+    row = (batch * HV + h) * T
+    hk = h // (HV // H)
+    gamma2 = head_gate(gamma, h, GATE)
+    at = begin // C + sequence if LAYOUT != 0 else sequence * blocks
+    at += (t0 - begin) // C
+    kept += (at * HV + h) * K * V
+    kept_z += (at * HV + h) * K
+    go: tl.constexpr = walk_states_tokens if TOKENS else walk_states
+    if direction == 0:
+        S0 += slot * s_n + h * s_h
+        S = load_state(S0, used, m, n, s_k, s_v, K, V, HAS_S0, BK, BN)
+        z = load_z(S0 + V * s_v, used, m, s_k, K, HAS_S0 and NORMALIZE, BK)
+        S, z, _ = go(
+            k + batch * k_b + hk * k_h, k_t, v + batch * v_b + h * v_h, v_t, G + row, gamma2, rden, dden, S, z, 0.0,
+            kept, kept_z, HV * K * V, HV * K, t0, t1, 0, n0,
+            K, V, BK, BN, C, False, GATE, REVERSE, NORMALIZE, True, PRECISION,
+        )  # fmt: skip
+    else:
+        dS1 += slot * d_n + h * d_h
+        dS = load_state(dS1, used, m, n, d_k, d_v, K, V, HAS_DS1, BK, BN) * d_scale
+        dz = load_z(dS1 + V * d_v, used, m, d_k, K, HAS_DS1 and NORMALIZE, BK) * d_scale
+        due = 0.0
+        if GATE != 0 and not TOKENS:
+            _, due = owed(G + row, gamma2, t0, t1, begin, end, GATE, REVERSE)
+        dS, dz, due = go(
+            q + batch * q_b + hk * q_h, q_t, do + batch * do_b + h * do_h, do_t, G + row, gamma2, rden + row,
+            dden + row, dS, dz, due, kept + size, kept_z + z_size, HV * K * V, HV * K, t0, t1, 0, n0,
+            K, V, BK, BN, C, True, GATE, REVERSE, NORMALIZE, True, PRECISION,
+        )  # fmt: skip
+        if HAS_DS0:
+            dS0 += (slot * HV + h) * K * W
+            p, mask = state_tile(dS0, m, n, W, 1, K, V)
+            factor = scale * tl.exp2(due)
+            tl.store(p, dS * factor, mask=mask)
+            if NORMALIZE:
+                tl.store(dS0 + m * W + V, dz * factor, mask=(m < K) & (n0 == 0))
+
+
+@triton.jit(do_not_specialize=["T", "cuts"])
 def normaliser(
     q, q_b, q_t, q_h,
     k, k_b, k_t, k_h,
@@ -206,24 +316,25 @@ def normaliser(
     do,  # [B, T, HV, V]
     do_b, do_t, do_h,
     G, gamma,
-    S0, s_n, s_h, s_k, s_v,
+    z,  # [blocks, HV, K]
     rden,  # [B * HV, T] out: 1 / (s q.z + eps)
     dden,  # [B * HV, T] out: -(do . o) rden
-    cu, table, T, H, HV, cuts, L, scale,
+    cu, table, T, H, HV, cuts, scale,
     EPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr, LAYOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, LAYOUT: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The denominator again, for the backward: z is a cumulative sum of k, so no matrix product is needed."""
+    """The denominator again, for the backward, block by block: z is a sum of k, so no further product is needed."""
     pid = tl.program_id(0)
     h = (pid % HV).to(tl.int64)
     slot = (pid // HV).to(tl.int64)
-    batch, t0, t1 = segment(slot, cu, table, T, cuts, L, LAYOUT)
-    used = t0 < t1 if LAYOUT == 2 else True
+    _, batch, t0, t1, _, _ = segment(slot, cu, table, T, cuts, C, LAYOUT)
+    if t0 >= t1:
+        return
     i = tl.arange(0, C)
     m = tl.arange(0, BK)
     n = tl.arange(0, BV)
-    z = load_z(S0 + slot * s_n + h * s_h + V * s_v, used, m, s_k, K, HAS_S0, BK)
+    z += (slot * HV + h) * K
+    xz = tl.load(z + m, mask=m < K, other=0.0)
     gamma2 = head_gate(gamma, h, GATE)
     hk = h // (HV // H)
     q += batch * q_b + hk * q_h
@@ -231,42 +342,47 @@ def normaliser(
     do += batch * do_b + h * do_h
     o += (batch * T * HV + h) * V
     row = (batch * HV + h) * T
-    chunks = tl.cdiv((t1 - t0).to(tl.int32), C)
-    for step in range(0, chunks):
-        t = t0 + (chunks - 1 - step if REVERSE else step) * C
-        count = tl.minimum(t1 - t, C).to(tl.int32)
-        live = i < count
-        xq = rows(q, q_t, t, i, live, m, K, BK)
-        xk = rows(k, k_t, t, i, live, m, K, BK)
-        if C == 1:
-            P = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)[:, None]
-        else:
-            xq = operand(xq, q.dtype.element_ty, PRECISION)
-            P = tl.dot(xq, tl.trans(operand(xk, k.dtype.element_ty, PRECISION)), input_precision=PRECISION)
-        xq = xq.to(tl.float32)
-        xk = xk.to(tl.float32)
-        dot = rows(o, HV * V, t, i, live, n, V, BV).to(tl.float32) * rows(do, do_t, t, i, live, n, V, BV).to(tl.float32)
-        if GATE == 1:
-            end = tl.load(G + row + t + (0 if REVERSE else count - 1))
-            R = tl.load(G + row + t + i, mask=live, other=0.0)
-            R = tl.where(live, R, 0.0 if REVERSE else end)
-        elif GATE == 2:
-            end = gamma2 * count
-            R = gamma2 * (tl.maximum(count - i, 0) if REVERSE else tl.minimum(i + 1, count))
-        qz = tl.sum(xq * z[None, :], 1)
-        if GATE == 1:
-            P = P * tl.exp2((R[:, None] - R[None, :]).to(tl.float32))
-        elif GATE == 2:
-            P = P * tl.exp2(gamma2 * tl.abs(i[:, None] - i[None, :]))
-        P = tl.where(i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :], P, 0.0)
+    G += row
+    count = (t1 - t0).to(tl.int32)
+    live = i < count
+    dot = rows(o, HV * V, t0, i, live, n, V, BV).to(tl.float32) * rows(do, do_t, t0, i, live, n, V, BV).to(tl.float32)
+    top = -tl.sum(dot, 1)
+    if TOKENS:
+        for step in range(0, count):
+            j = count - 1 - step if REVERSE else step
+            xk = tl.load(k + (t0 + j) * k_t + m, mask=m < K, other=0.0).to(tl.float32)
+            xq = tl.load(q + (t0 + j) * q_t + m, mask=m < K, other=0.0).to(tl.float32)
+            if GATE != 0:
+                factor = tl.exp2(tl.load(G + t0 + j) if GATE == 1 else gamma2.to(tl.float64))
+                gain = factor.to(tl.float32)
+                xz = xz * gain + xz * (factor - gain).to(tl.float32)
+            xz += xk
+            r = 1.0 / (scale * tl.sum(xq * xz, 0) + EPS)
+            tl.store(rden + row + t0 + j, r)
+            tl.store(dden + row + t0 + j, r * tl.sum(tl.where(i == j, top, 0.0), 0))
+    else:
+        xq = operand(rows(q, q_t, t0, i, live, m, K, BK), q.dtype.element_ty, PRECISION)
+        xk = operand(rows(k, k_t, t0, i, live, m, K, BK), k.dtype.element_ty, PRECISION)
+        P = tl.dot(xq, tl.trans(xk), input_precision=PRECISION)
+        qz = tl.sum(xq.to(tl.float32) * xz[None, :], 1)
         if GATE != 0:
+            R, _, _ = decays(G, gamma2, t0, i, live, count, GATE, REVERSE)
+            P = pair_decay(P, R, gamma2, i, GATE, False)
             qz = qz * tl.exp2(R.to(tl.float32))
-            xk = xk * tl.exp2((end - R).to(tl.float32))[:, None]
-            z = z * tl.exp2(end.to(tl.float32))
-        z += tl.sum(xk, 0)
+        P = tl.where(i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :], P, 0.0)
         r = 1.0 / (scale * (tl.sum(P, 1) + qz) + EPS)
-        tl.store(rden + row + t + i, r, mask=live)
-        tl.store(dden + row + t + i, -r * tl.sum(dot, 1), mask=live)
+        tl.store(rden + row + t0 + i, r, mask=live)
+        tl.store(dden + row + t0 + i, r * top, mask=live)
+
+
+@triton.jit
+def inner(p, other, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr):
+    """<S, dS> over a tile."""
+    offsets = m.to(tl.int64)[:, None] * p_m + n.to(tl.int64)[None, :] * p_n
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    product = tl.load(p + offsets, mask=mask, other=0.0).to(tl.float32)
+    product *= tl.load(other + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(tl.sum(product, 0), 0)
 
 
 @triton.jit(do_not_specialize=["T", "N", "cuts", "L", "slots", "heads", "d_scale"])
@@ -280,28 +396,43 @@ def backward(
     dk,  # [B, T, HV, K] out
     dv,  # [B, T, HV, V] out
     G, gamma, rden, dden,
-    rho,  # [2, TILES, B * HV, T] out: q.dq and k.dk of each tile of K columns
-    edge,  # [slots, HV, 2, TILES] out: <S, dS> where the slot ends, and where it starts
-    S0, s_n, s_h, s_k, s_v,  # [slots, HV, K, W] states in which the slots start
-    dS1, d_n, d_h, d_k, d_v,  # [slots, HV, K, W] their gradients where the slots end
-    dS0,  # [slots, HV, K, W] out, contiguous
+    rho,  # [3, TILES, B * HV, T] out: q.dq and the two parts of k.dk, for each tile of K columns
+    across,  # [slots, HV, TV] out: <S where the block starts, dS where it ends>, with the decay between
+    S0, s_n, s_h, s_k, s_v,  # [slots, HV, K, V] states in which the slots start
+    dS1, d_n, d_h, d_k, d_v,  # [slots, HV, K, V] their gradients where the slots end
+    z, dz,  # [slots, HV, K]
+    dS0,  # [slots, HV, K, V] out, contiguous; not with BLOCKS
     cu, table, T, N, H, HV, cuts, L, slots, heads, scale, d_scale,
     EPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, RHO: tl.constexpr,
-    HAS_S0: tl.constexpr, HAS_DS1: tl.constexpr, HAS_DS0: tl.constexpr, LAYOUT: tl.constexpr, TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_S0: tl.constexpr, HAS_DS1: tl.constexpr, HAS_DS0: tl.constexpr, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tile 0 .. TK of dq, then of dk, then of dv. dS is held divided by the scale: d_scale brings dS1 to that form."""
+    """Tile 0 .. TK of dq, then of dk, then of dv. dS is held divided by the scale: d_scale brings dS1 to that form.
+
+    BLOCKS: the slots are blocks of C tokens, and `boundaries` has left the states between them. Otherwise the slots are
+    long segments, walked chunk by chunk; then there is neither RHO nor NORMALIZE.
+    """
     TK: tl.constexpr = (K + BN - 1) // BN
     TV: tl.constexpr = (V + BN - 1) // BN
-    W: tl.constexpr = V + NORMALIZE
     TILES: tl.constexpr = 2 * TK + TV
+    MOVES: tl.constexpr = not BLOCKS
     pid = tl.program_id(0)
     tile = pid % TILES
     h = (pid // TILES % HV).to(tl.int64)
     slot = (pid // TILES // HV).to(tl.int64)
-    batch, t0, t1 = segment(slot, cu, table, T, cuts, L, LAYOUT)
+    n0 = (tile % TK if tile < 2 * TK else tile - 2 * TK) * BN
+    if LAYOUT != 0:
+        if tile < TK:
+            zero_outside(dq + h * K, HV * K, cu, T, N, slot, slots, n0, K, BN)
+        elif tile < 2 * TK:
+            zero_outside(dk + h * K, HV * K, cu, T, N, slot, slots, n0, K, BN)
+        else:
+            zero_outside(dv + h * V, HV * V, cu, T, N, slot, slots, n0, V, BN)
+    _, batch, t0, t1, begin, end = segment(slot, cu, table, T, cuts, L, LAYOUT)
     used = t0 < t1 if LAYOUT == 2 else True
+    if BLOCKS and t0 >= t1:
+        return
     hk = h // (HV // H)
     q += batch * q_b + hk * q_h
     k += batch * k_b + hk * k_h
@@ -314,60 +445,59 @@ def backward(
     G += head * T
     rden += head * T
     dden += head * T
+    gamma2 = head_gate(gamma, h, GATE)
+    due = 0.0  # what the mirrored state at the end of the slot owes
+    if GATE != 0 and not TOKENS:
+        _, due = owed(G, gamma2, t0, t1, begin, end, GATE, REVERSE)
+    go: tl.constexpr = walk_tokens if TOKENS else walk
     S0 += slot * s_n + h * s_h
     dS1 += slot * d_n + h * d_h
-    dS0 += (slot * HV + h) * K * W
-    edge += (slot * HV + h) * 2 * TK
-    gamma2 = head_gate(gamma, h, GATE)
-    go: tl.constexpr = walk_tokens if TOKENS else walk
+    z += (slot * HV + h) * K
+    dz += (slot * HV + h) * K
     if tile < 2 * TK:
-        j = tile % TK
-        n0 = j * BN
         m = tl.arange(0, BV)
         n = n0 + tl.arange(0, BN)
         rho += (tile.to(tl.int64) * heads + head) * T
         if tile < TK:
-            S = load_state(S0, used, m, n, s_v, s_k, V, K, HAS_S0, BV, BN)
-            z = load_z(S0 + V * s_v, used, n, s_k, K, HAS_S0 and NORMALIZE, BN)
-            S, z = go(
-                do, do_t, v, v_t, k, k_t, dq, HV * K, q, q_t, rho, G, gamma2, rden, dden, S, z, t0, t1, 0, n0, scale,
-                EPS, V, K, BV, BN, C, 1, GATE, REVERSE, NORMALIZE, True, RHO, PRECISION,
+            S = load_state(S0, used, m, n, s_v, s_k, V, K, HAS_S0, BV, BN, MOVES)
+            zs = load_z(z, used, n, 1, K, NORMALIZE, BN)
+            S, zs = go(
+                do, do_t, v, v_t, k, k_t, dq, HV * K, q, q_t, rho, rho, G, gamma2, rden, dden, S, zs, 0.0, t0, t1, n0,
+                scale, EPS, V, K, BV, BN, C, 1, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
-            if RHO:
-                e = tl.sum(tl.sum(S * load_state(dS1, used, m, n, d_v, d_k, V, K, HAS_DS1, BV, BN), 0), 0)
-                if NORMALIZE:
-                    e += tl.sum(z * load_z(dS1 + V * d_v, used, n, d_k, K, HAS_DS1, BN), 0)
-                tl.store(edge + j, e * d_scale * scale)
-            if LAYOUT != 0:
-                zero_outside(dq, HV * K, cu, T, N, slot, slots, n0, K, BN)
         else:
-            S = load_state(dS1, used, m, n, d_v, d_k, V, K, HAS_DS1, BV, BN) * d_scale
-            z = load_z(dS1 + V * d_v, used, n, d_k, K, HAS_DS1 and NORMALIZE, BN) * d_scale
-            S, z = go(
-                v, v_t, do, do_t, q, q_t, dk, HV * K, k, k_t, rho, G, gamma2, rden, dden, S, z, t0, t1, 0, n0, scale,
-                EPS, V, K, BV, BN, C, 3, GATE, REVERSE, NORMALIZE, True, RHO, PRECISION,
+            S = load_state(dS1, used, m, n, d_v, d_k, V, K, HAS_DS1, BV, BN, MOVES)
+            if MOVES:
+                S = S * d_scale
+            zs = load_z(dz, used, n, 1, K, NORMALIZE, BN)
+            S, zs = go(
+                v, v_t, do, do_t, q, q_t, dk, HV * K, k, k_t, rho, rho + TK * heads.to(tl.int64) * T,
+                G, gamma2, rden, dden, S, zs, due, t0, t1, n0,
+                scale, EPS, V, K, BV, BN, C, 3, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
-            if RHO:
-                e = tl.sum(tl.sum(S * load_state(S0, used, m, n, s_v, s_k, V, K, HAS_S0, BV, BN), 0), 0)
-                if NORMALIZE:
-                    e += tl.sum(z * load_z(S0 + V * s_v, used, n, s_k, K, HAS_S0, BN), 0)
-                tl.store(edge + TK + j, e * scale)
-            if NORMALIZE and HAS_DS0:
-                tl.store(dS0 + n * W + V, z * scale, mask=n < K)
-            if LAYOUT != 0:
-                zero_outside(dk, HV * K, cu, T, N, slot, slots, n0, K, BN)
     else:
-        n0 = (tile - 2 * TK) * BN
         mv = tl.arange(0, BK)  # other names than above: Triton wants one type per name in both branches
         nv = n0 + tl.arange(0, BN)
-        Sv = load_state(dS1, used, mv, nv, d_k, d_v, K, V, HAS_DS1, BK, BN) * d_scale
+        Sv = load_state(dS1, used, mv, nv, d_k, d_v, K, V, HAS_DS1, BK, BN, MOVES)
+        if MOVES:
+            Sv = Sv * d_scale
         zv = tl.zeros([BK], tl.float32)
         Sv, zv = go(
-            k, k_t, q, q_t, do, do_t, dv, HV * V, v, v_t, rho, G, gamma2, rden, dden, Sv, zv, t0, t1, 0, n0, scale,
-            EPS, K, V, BK, BN, C, 2, GATE, REVERSE, NORMALIZE, True, False, PRECISION,
+            k, k_t, q, q_t, do, do_t, dv, HV * V, v, v_t, rho, rho, G, gamma2, rden, dden, Sv, zv, due, t0, t1, n0,
+            scale, EPS, K, V, BK, BN, C, 2, GATE, REVERSE, NORMALIZE, False, MOVES, PRECISION,
         )  # fmt: skip
+        if RHO:
+            e = inner(S0, dS1, mv, nv, s_k, s_v, K, V)
+            if NORMALIZE and tile == 2 * TK:
+                e += tl.sum(load_z(z, True, mv, 1, K, True, BK) * load_z(dz, True, mv, 1, K, True, BK), 0)
+            if GATE == 2:
+                total = gamma2 * (t1 - t0).to(tl.float32)
+            elif TOKENS:
+                i = tl.arange(0, C)
+                total = tl.sum(tl.load(G + t0 + i, mask=i < t1 - t0, other=0.0), 0).to(tl.float32)
+            else:
+                total = tl.load(G + (t0 if REVERSE else t1 - 1)).to(tl.float32)
+            tl.store(across + (slot * HV + h) * TV + tile - 2 * TK, scale * e * tl.exp2(total + due))
         if HAS_DS0:
-            p, mask = state_tile(dS0, mv, nv, W, 1, K, V)
+            p, mask = state_tile(dS0 + (slot * HV + h) * K * V, mv, nv, V, 1, K, V)
             tl.store(p, Sv * scale, mask=mask)
-        if LAYOUT != 0:
-            zero_outside(dv, HV * V, cu, T, N, slot, slots, n0, V, BN)

@@ -1,9 +1,11 @@
 """From checked tensors to kernel launches: `forward`, `backward` and `step_`. No copy to the host, no synchronisation.
 
     forward:   [gates] -> [states of segments -> scan over segments] -> pass
-    backward:  [gates] -> [the same two] -> [normaliser] -> [the same two for dS] -> pass (dq, dk, dv) -> [dg]
+    backward:  [gates] -> [the same two, for S and dS] -> pass (dq, dk, dv)
+    backward in blocks:  [gates] -> [the same two] -> S and dS between blocks -> dq, dk, dv -> [dg]
 
-What stands in brackets runs only where needed. Everything is chosen from shapes, so CUDA graphs capture every call.
+In blocks, dg needs no sum that leaves its block: that keeps it exact. The normaliser runs between S and dS. What stands
+in brackets runs only where needed. Everything is chosen from shapes, so CUDA graphs capture every call.
 """
 
 from __future__ import annotations
@@ -18,19 +20,17 @@ import triton
 from torch import Tensor
 
 from ..reference import EPS
-from . import tiles
-from .chunk import backward as _backward
-from .chunk import forward as _forward
-from .chunk import local_state as _local_state
-from .chunk import normaliser as _normaliser
-from .segments import gate_gradient as _gate_gradient
-from .segments import gate_sums as _gate_sums
-from .segments import scan as _scan
-from .segments import segment_table as _segment_table
-from .step import step as _step
+from . import chunk, segments, step, tiles
+from .dispatch import dispatch
 
+_forward, _local_state, _boundaries = dispatch(chunk.forward), dispatch(chunk.local_state), dispatch(chunk.boundaries)
+_normaliser, _backward = dispatch(chunk.normaliser), dispatch(chunk.backward)
+_gate_sums, _segment_table = dispatch(segments.gate_sums), dispatch(segments.segment_table)
+_scan, _gate_gradient = dispatch(segments.scan), dispatch(segments.gate_gradient)
+_step = dispatch(step.step)
+
+BLOCK = 64  # tokens of a block, token by token
 SHORTEST = 1024  # tokens of a segment: shorter ones move more bytes of states than of tokens
-LONGEST_WITH_DG = 4096  # dg is one block of a segment's tokens, and its rounding error gathers: docs/kernels.md
 DENSE, PACKED, PACKED_CUT = 0, 1, 2  # the layouts of chunk.py
 
 
@@ -76,6 +76,7 @@ class _Plan:
     N: int  # sequences
     tokens: bool  # token by token, in exact float32
     precision: str  # of products
+    kind: str  # of the rows of the tile table
     tile: tiles.Tile
     layout: int
     cuts: int  # segments of a dense sequence
@@ -83,43 +84,64 @@ class _Plan:
     slots: int
     cu: Tensor
     device: torch.device
-    table: Tensor | None = None
-    first: Tensor | None = None
+    table: Tensor
+    blocks: int = 0  # of a dense sequence, where the backward works in blocks; their slots, and their table
+    block_slots: int = 0
+    block_table: Tensor | None = None
 
     @property
     def cut(self) -> bool:
         return self.layout == PACKED_CUT or self.cuts > 1
 
+    def columns(self, width: int, tile: tiles.Tile | None = None) -> int:
+        """Columns of the state that a program holds."""
+        return min((tile or self.tile).block, max(_power(width), 32 if self.tokens else 16))
+
+    def rows(self, width: int) -> int:
+        """And rows. Token by token, smaller tiles than 64 x 32 leave several lanes that hold, and write, the same."""
+        return max(_power(width), 64 if self.tokens else 16)
+
+    @property
+    def states_tile(self) -> tiles.Tile:
+        """For the kernels that only move the state."""
+        if self.tokens or self.precision == "ieee":
+            return self.tile
+        return tiles.tile("states", self.kind, self.K, self.V)
+
+    @property
+    def C(self) -> int:
+        """Tokens of a block."""
+        return BLOCK if self.tokens else self.tile.chunk
+
     def states(self) -> Tensor:
         return torch.empty(self.slots, self.HV, self.K, self.W, dtype=torch.float32, device=self.device)
 
 
-def _plan(
-    q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normalize: bool, gated: bool, cap: int | None
-) -> _Plan:
+def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normalize: bool, in_blocks: bool) -> _Plan:
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     precision = "tf32"
     kind = "half"
     if q.dtype == torch.float32:
         kind = precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tile = tiles.tile("tokens" if op == "recurrent" else kernel, kind, K, V, gated)
+    tile = tiles.tile("tokens" if op == "recurrent" else kernel, kind + "+blocks" * in_blocks, K, V)
     tokens = tile.chunk == 1
     N = B if cu is None else cu.shape[0] - 1
     # cut so that about two programs run on every multiprocessor
     programs = HV * triton.cdiv(V, tile.block)
-    if kernel == "backward":
+    in_blocks |= kernel == "backward" and tokens
+    if in_blocks:
+        programs *= 1 if normalize else 2
+    elif kernel == "backward":
         programs += 2 * HV * triton.cdiv(K, tile.block)
     length = T
     if kernel == "backward" or op == "chunk":
         wanted = 2 * _processors(q.device.index if q.is_cuda else None)
         if 1.1 * B * programs < wanted:
             length = max(SHORTEST, -(-T * B * programs // wanted))
-        if cap is not None:
-            length = min(length, cap)
         if tiles.segment is not None:
             length = tiles.segment
-    unit = max(tile.chunk, 16)
-    length = min(-(-length // unit) * unit, max(T, 1))
+    unit = max(tile.chunk, BLOCK if tokens else 16)
+    length = min(-(-length // unit) * unit, -(-max(T, 1) // unit) * unit)
     cuts = triton.cdiv(T, length) if cu is None else 1
     if cu is None:
         layout, slots = DENSE, B * cuts
@@ -128,27 +150,35 @@ def _plan(
     else:
         layout, slots = PACKED_CUT, T // length + N
     plan = _Plan(
-        B, T, H, HV, K, V, V + normalize, N, tokens, precision, tile, layout, cuts, length, slots,
-        q if cu is None else cu, q.device,
+        B, T, H, HV, K, V, V + normalize, N, tokens, precision, kind, tile, layout, cuts, length, slots,
+        q if cu is None else cu, q.device, q,
     )  # fmt: skip
     if layout == PACKED_CUT:
-        plan.table = torch.empty(slots, 2, dtype=torch.int32, device=q.device)
-        plan.first = torch.empty(N + 1, dtype=torch.int32, device=q.device)
-        _segment_table[(triton.cdiv(slots, 32),)](
-            cu, plan.table, plan.first, N, length, slots, BN=min(256, _power(N)), BS=32, num_warps=4
-        )
-    else:
-        plan.table = plan.first = plan.cu
+        plan.table = _table(plan, length, slots)
+    if in_blocks:
+        plan.blocks = triton.cdiv(T, plan.C)
+        plan.block_slots = B * plan.blocks if cu is None else T // plan.C + N
+        plan.block_table = q if cu is None else _table(plan, plan.C, plan.block_slots)
     return plan
 
 
-def _gates(plan: _Plan, g: Tensor | None, g_gamma: Tensor | None, reverse: bool) -> tuple[int, Tensor | None]:
-    """Kind of gate, and R of walk.py: float64 where products are exact to float32."""
+def _table(plan: _Plan, length: int, slots: int) -> Tensor:
+    """The sequence of each slot, for packed sequences cut into segments of `length`."""
+    table = torch.empty(slots, dtype=torch.int32, device=plan.device)
+    _segment_table[(triton.cdiv(slots, 128),)](plan.cu, table, plan.T, plan.N, length, slots, BS=128, num_warps=4)
+    return table
+
+
+def _gates(
+    plan: _Plan, g: Tensor | None, g_gamma: Tensor | None, reverse: bool, half: bool
+) -> tuple[int, Tensor | None]:
+    """Kind of gate, and R of walk.py: float64 where float32 would lose digits."""
     if g_gamma is not None:
         return 2, None
     if g is None:
         return 0, None
-    exact = plan.precision == "ieee" or plan.tokens
+    # R of a strong decay is in the thousands: in float32 its differences would lose what float16 still shows
+    exact = plan.precision == "ieee" or plan.tokens or half
     R = torch.empty(plan.B * plan.HV, plan.T, dtype=torch.float64 if exact else torch.float32, device=g.device)
     packed = plan.layout != DENSE
     chunk = plan.tile.chunk
@@ -177,26 +207,62 @@ def _segment_states(
     kind, R, gamma = gate
     states = plan.states()
     decay = torch.empty(plan.slots, plan.HV, dtype=torch.float32, device=k.device) if kind else states
-    block = plan.tile.block
-    BM = min(_power(plan.K), 64)
-    tiles_ = triton.cdiv(plan.K, BM) * triton.cdiv(plan.V, block)
+    tile = plan.states_tile
+    BM, BN = plan.rows(plan.K), plan.columns(plan.V, tile)
     rden, dden = weights or (k, k)
-    _local_state[(tiles_ * plan.HV * plan.slots,)](
+    _local_state[(triton.cdiv(plan.V, BN) * plan.HV * plan.slots,)](
         k, *k.stride()[:3], v, *v.stride()[:3], _or(R, k), _or(gamma, k), rden, dden, states, decay,
         plan.cu, plan.table, plan.T, plan.N, plan.H, plan.HV, plan.cuts, plan.length,
-        EPS=EPS, K=plan.K, V=plan.V, BM=BM, BN=min(block, _power(plan.V)), C=plan.tile.chunk, GATE=kind,
+        K=plan.K, V=plan.V, BM=BM, BN=BN, C=plan.C, GATE=kind,
         REVERSE=reverse, MIRROR=mirror, NORMALIZE=normalize, LAYOUT=plan.layout, TOKENS=plan.tokens,
-        PRECISION=plan.precision, num_warps=4, num_stages=plan.tile.stages,
+        PRECISION=plan.precision, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     KW = plan.K * plan.W
-    BLOCK = min(512, triton.next_power_of_2(KW))
-    _scan[(triton.cdiv(KW, BLOCK) * plan.HV * plan.N,)](
-        states, decay, _or(initial, states), *_or(initial, states).stride(), _or(final, states), plan.first,
-        plan.HV, plan.cuts, 1.0 / scale if mirror else 1.0, scale if mirror else 1.0,
-        KW=KW, W=plan.W, PACKED=plan.layout != DENSE, BACK=reverse != mirror, GATED=kind != 0,
-        HAS_S0=initial is not None, HAS_S1=final is not None, BLOCK=BLOCK, num_warps=4,
+    size = min(512, triton.next_power_of_2(KW))
+    _scan[(triton.cdiv(KW, size) * plan.HV * plan.N,)](
+        states, decay, _or(initial, states), *_or(initial, states).stride(), _or(final, states),
+        _or(R, k), _or(gamma, k), plan.cu, plan.T, plan.HV, plan.cuts, plan.length,
+        1.0 / scale if mirror else 1.0, scale if mirror else 1.0,
+        KW=KW, W=plan.W, PACKED=plan.layout != DENSE, REVERSE=reverse, MIRROR=mirror, GATE=kind, TOKENS=plan.tokens,
+        HAS_S0=initial is not None, HAS_S1=final is not None, BLOCK=size, num_warps=4,
     )  # fmt: skip
     return states
+
+
+class _Kept:
+    """The states in which blocks start, and their gradients where blocks end, as `boundaries` leaves them."""
+
+    def __init__(
+        self, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, gate: tuple[int, Tensor | None, Tensor | None],
+        normalize: bool, reverse: bool, scale: float,
+    ) -> None:  # fmt: skip
+        self.plan, self.inputs, self.gate = plan, (q, k, v, do), gate
+        self.normalize, self.reverse, self.scale = normalize, reverse, scale
+        count = plan.block_slots
+        # operands as the products take them, but for the normaliser (walk.py)
+        dtype = torch.float32 if normalize or plan.tokens else q.dtype
+        self.states = torch.empty(2, count, plan.HV, plan.K, plan.V, dtype=dtype, device=plan.device)
+        # (without the normaliser, nothing reads or writes z)
+        self.z = torch.empty(2, count * normalize, plan.HV, plan.K, dtype=torch.float32, device=plan.device)
+
+    def walk(
+        self, start: Tensor | None, dend: Tensor | None, dstart: Tensor | None, d_scale: float,
+        weights: tuple[Tensor, Tensor] | None, first: int, directions: int,
+    ) -> None:  # fmt: skip
+        plan, (q, k, v, do), (kind, R, gamma) = self.plan, self.inputs, self.gate
+        tile = plan.states_tile
+        BN = plan.columns(plan.V, tile)
+        rden, dden = weights or (q, q)
+        _boundaries[(directions * triton.cdiv(plan.V, BN) * plan.HV * plan.slots,)](
+            q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], do, *do.stride()[:3], _or(R, q), _or(gamma, q),
+            rden, dden, _or(start, q), *_or(start, q).stride(), _or(dend, q), *_or(dend, q).stride(), d_scale,
+            _or(dstart, q), self.scale, self.states, self.z, self.states[0].numel(), self.z[0].numel(),
+            plan.cu, plan.table, plan.T, plan.H, plan.HV, plan.cuts, plan.length, plan.blocks, first,
+            DIRECTIONS=directions, K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=kind,
+            REVERSE=self.reverse, NORMALIZE=self.normalize, HAS_S0=start is not None, HAS_DS1=dend is not None,
+            HAS_DS0=dstart is not None, LAYOUT=plan.layout, TOKENS=plan.tokens, PRECISION=plan.precision,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
@@ -231,9 +297,8 @@ def forward(
     g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
     with _on(q):
         o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
-        gated = g is not None or g_gamma is not None
-        plan = _plan(q, v, cu_seqlens, op, "forward", normalize, gated, None)
-        kind, R = _gates(plan, g, g_gamma, reverse)
+        plan = _plan(q, v, cu_seqlens, op, "forward", normalize, False)
+        kind, R = _gates(plan, g, g_gamma, reverse, q.dtype == torch.float16)
         start, pass_final = initial_state, final
         if plan.cut:
             gate = (kind, R, g_gamma)
@@ -241,14 +306,16 @@ def forward(
                 plan, k, v, gate, None, initial_state, final, scale, normalize, reverse, mirror=False
             )
             pass_final = None
-        BN = min(plan.tile.block, _power(V))
+        BN = plan.columns(V)
+        # columns under a mask take the pipeline more shared memory than a multiprocessor has
+        stages = 1 if K > 128 and V % BN else plan.tile.stages
         _forward[(triton.cdiv(V, BN) * HV * plan.slots,)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, _or(R, q), _or(g_gamma, q),
             _or(start, q), *_or(start, q).stride(), _or(pass_final, q), plan.cu, plan.table,
             T, N, plan.H, HV, plan.cuts, plan.length, plan.slots, scale,
-            EPS=EPS, K=K, V=V, BK=_power(K), BN=BN, C=plan.tile.chunk, GATE=kind, REVERSE=reverse,
+            EPS=EPS, K=K, V=V, BK=plan.rows(K), BN=BN, C=plan.tile.chunk, GATE=kind, REVERSE=reverse,
             NORMALIZE=normalize, HAS_S0=start is not None, HAS_S1=pass_final is not None, LAYOUT=plan.layout,
-            TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=plan.tile.warps, num_stages=plan.tile.stages,
+            TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=plan.tile.warps, num_stages=stages,
         )  # fmt: skip
     return o, final
 
@@ -302,55 +369,68 @@ def backward(
         dk = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=device)
         rho_wanted = wants_dg or wants_dgamma
-        gated = g is not None or g_gamma is not None
-        plan = _plan(q, v, cu_seqlens, op, "backward", normalize, gated, LONGEST_WITH_DG if rho_wanted else None)
-        kind, R = _gates(plan, g, g_gamma, reverse)
+        plan = _plan(q, v, cu_seqlens, op, "backward", normalize, rho_wanted or normalize or tiles.in_blocks)
+        kind, R = _gates(plan, g, g_gamma, reverse, q.dtype == torch.float16)
         gate = (kind, R, g_gamma)
-        start, dend, dstart, d_scale, weights = initial_state, dfinal_state, dS0, 1.0 / scale, None
+        options = (scale, normalize, reverse)
+        start, dend, dstart, d_scale = initial_state, dfinal_state, dS0, 1.0 / scale
+        weights: tuple[Tensor, Tensor] | None = None
+        z = dz = q
+        layout, cuts, length, slots, table = plan.layout, plan.cuts, plan.length, plan.slots, plan.table
         if plan.cut:
-            start = _segment_states(
-                plan, k, v, gate, None, initial_state, None, scale, normalize, reverse, mirror=False
-            )
-        if normalize:
-            both = torch.empty(2, B * HV, T, dtype=torch.float32, device=device)
-            weights = both[0], both[1]
-            _normaliser[(HV * plan.slots,)](
-                q, *q.stride()[:3], k, *k.stride()[:3], o, do, *do.stride()[:3], _or(R, q), _or(g_gamma, q),
-                _or(start, q), *_or(start, q).stride(), *weights, plan.cu, plan.table,
-                T, H, HV, plan.cuts, plan.length, scale,
-                EPS=EPS, K=K, V=V, BK=_power(K), BV=_power(V), C=plan.tile.chunk, GATE=kind, REVERSE=reverse,
-                HAS_S0=start is not None, LAYOUT=plan.layout, PRECISION=plan.precision, num_warps=8, num_stages=1,
-            )  # fmt: skip
-        if plan.cut:
-            dend = _segment_states(
-                plan, q, do, gate, weights, dfinal_state, dS0, scale, normalize, reverse, mirror=True
-            )
+            start = _segment_states(plan, k, v, gate, None, initial_state, None, *options, mirror=False)
+        if plan.cut and not normalize:
+            dend = _segment_states(plan, q, do, gate, None, dfinal_state, dS0, *options, mirror=True)
             d_scale, dstart = 1.0, None
-        BN = min(plan.tile.block, _power(max(K, V)))
+        if plan.blocks:
+            layout = DENSE if cu_seqlens is None else PACKED_CUT
+            cuts, length, slots, table = plan.blocks, plan.C, plan.block_slots, plan.block_table
+            kept = _Kept(plan, q, k, v, do, gate, normalize, reverse, scale)
+            if normalize:
+                kept.walk(start, dend, None, d_scale, None, first=0, directions=1)
+                both = torch.empty(2, B * HV, T, dtype=torch.float32, device=device)
+                weights = both[0], both[1]
+                _normaliser[(HV * slots,)](
+                    q, *q.stride()[:3], k, *k.stride()[:3], o, do, *do.stride()[:3], _or(R, q), _or(g_gamma, q),
+                    kept.z, *weights, plan.cu, table, T, H, HV, cuts, scale,
+                    EPS=EPS, K=K, V=V, BK=_power(K), BV=_power(V), C=length, GATE=kind, REVERSE=reverse, LAYOUT=layout,
+                    TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=8, num_stages=1,
+                )  # fmt: skip
+                if plan.cut:
+                    dend = _segment_states(plan, q, do, gate, weights, dfinal_state, dS0, *options, mirror=True)
+                    d_scale, dstart = 1.0, None
+                kept.walk(start, dend, dstart, d_scale, weights, first=1, directions=1)
+            else:
+                kept.walk(start, dend, dstart, d_scale, None, first=0, directions=2)
+            start, dend, dstart, d_scale = kept.states[0], kept.states[1], None, 1.0
+            z, dz = kept.z[0], kept.z[1]
+        BN = plan.columns(max(K, V))
         TK, TV = triton.cdiv(K, BN), triton.cdiv(V, BN)
-        rho = edge = q
+        rho = across = q
         if rho_wanted:
-            rho = torch.empty(2, TK, B * HV, T, dtype=torch.float32, device=device)
-            edge = torch.empty(plan.slots, HV, 2, TK, dtype=torch.float32, device=device)
-        _backward[((2 * TK + TV) * HV * plan.slots,)](
+            rho = torch.empty(3, TK, B * HV, T, dtype=torch.float32, device=device)
+            across = torch.empty(slots, HV, TV, dtype=torch.float32, device=device)
+        _backward[((2 * TK + TV) * HV * slots,)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], do, *do.stride()[:3], dq, dk, dv,
-            _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, edge, _or(start, q), *_or(start, q).stride(),
-            _or(dend, q), *_or(dend, q).stride(), _or(dstart, q), plan.cu, plan.table,
-            T, N, H, HV, plan.cuts, plan.length, plan.slots, B * HV, scale, d_scale,
-            EPS=EPS, K=K, V=V, BK=_power(K), BV=_power(V), BN=BN, C=plan.tile.chunk, GATE=kind, REVERSE=reverse,
+            _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, across, _or(start, q), *_or(start, q).stride(),
+            _or(dend, q), *_or(dend, q).stride(), z, dz, _or(dstart, q), plan.cu, table,
+            T, N, H, HV, cuts, length, slots, B * HV, scale, d_scale,
+            EPS=EPS, K=K, V=V, BK=plan.rows(K), BV=plan.rows(V), BN=BN, C=plan.C, GATE=kind, REVERSE=reverse,
             NORMALIZE=normalize, RHO=rho_wanted, HAS_S0=start is not None, HAS_DS1=dend is not None,
-            HAS_DS0=dstart is not None, LAYOUT=plan.layout, TOKENS=plan.tokens, PRECISION=plan.precision,
-            num_warps=plan.tile.warps, num_stages=plan.tile.stages,
+            HAS_DS0=dstart is not None, LAYOUT=layout, BLOCKS=plan.blocks > 0, TOKENS=plan.tokens,
+            PRECISION=plan.precision, num_warps=plan.tile.warps, num_stages=plan.tile.stages,
+            maxnreg=168 if normalize and plan.tile.registers else plan.tile.registers,  # (its tiles need more)
         )  # fmt: skip
         dg = dgamma = None
         if rho_wanted:
-            part = torch.empty(plan.slots, HV, dtype=torch.float32, device=device) if wants_dgamma else rho
+            NB = max(1, 1024 // length)
+            programs = triton.cdiv(slots, NB)
+            part = torch.empty(programs, HV, dtype=torch.float32, device=device) if wants_dgamma else rho
             dg = torch.empty(B, T, HV, dtype=g.dtype, device=device) if wants_dg and g is not None else None
-            _gate_gradient[(HV * plan.slots,)](
-                rho, edge, _or(dg, rho), part, plan.cu, plan.table,
-                T, N, HV, plan.cuts, plan.length, plan.slots, B * HV,
-                TILES=TK, REVERSE=reverse, LAYOUT=plan.layout, SUM=wants_dgamma,
-                BL=_power(plan.length), num_warps=8,
+            _gate_gradient[(HV * programs,)](
+                rho, across, _or(dg, rho), part, plan.cu, table, T, N, HV, cuts, slots, B * HV,
+                TILES=TK, ACROSS=TV, REVERSE=reverse, LAYOUT=layout,
+                SUM=wants_dgamma, C=length, NB=NB, num_warps=4,
             )  # fmt: skip
             if wants_dgamma and g_gamma is not None:
                 dgamma = part.sum(0).to(g_gamma.dtype)
@@ -377,7 +457,7 @@ def step_(
         return o.zero_()
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     g_gamma = _vector(g_gamma)
-    tile = tiles.tile("step", "any", K, V, False)
+    tile = tiles.tile("step", "any", K, V)
     BN = min(tile.block, _power(V))
     kind = 1 if g is not None else 2 if g_gamma is not None else 0
     with _on(q):

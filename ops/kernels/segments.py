@@ -6,7 +6,7 @@ B batch   T time   HV value heads   K key width   V value width   C chunk   L to
 import triton
 import triton.language as tl
 
-from .chunk import count_outside, outside, segment
+from .chunk import count_outside, head_gate, offset, outside, owed
 
 
 @triton.jit
@@ -59,51 +59,43 @@ def gate_sums(
     tl.store(p, x, mask=own[:, None] & (h < HV)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "L", "slots"])
+@triton.jit(do_not_specialize=["T", "N", "L", "slots"])
 def segment_table(
     cu,  # [N + 1]
-    table,  # [slots, 2] out: first token and end of each slot
-    first,  # [N + 1] out: first slot of each sequence
-    N, L, slots,
-    BN: tl.constexpr, BS: tl.constexpr,
+    table,  # [slots] out: the sequence of each slot
+    T, N, L, slots,
+    BS: tl.constexpr,
 ):  # fmt: skip
-    """Slots are numbered sequence by sequence, ceil(length / L) each; every program counts all sequences again."""
+    """The last sequence n with cu[n] // L + n <= slot, by bisection: slots are numbered without counting them."""
     slot = tl.program_id(0) * BS + tl.arange(0, BS)
-    before = tl.zeros([BS], tl.int64)  # sequences that end before the slot
-    base = tl.zeros([BS], tl.int64)  # and their slots
-    total = tl.zeros([], tl.int64)
-    for n0 in range(0, N, BN):
-        n = n0 + tl.arange(0, BN)
-        start = tl.load(cu + n, mask=n < N, other=0).to(tl.int64)
-        end = tl.load(cu + n + 1, mask=n < N, other=0).to(tl.int64)
-        cuts = (end - start + L - 1) // L
-        ends = total + tl.cumsum(cuts, 0)
-        past = (ends[None, :] <= slot[:, None]) & (n < N)[None, :]
-        before += tl.sum(past.to(tl.int64), 1)
-        base = tl.maximum(base, tl.max(tl.where(past, ends[None, :], 0), 1))
-        tl.store(first + n, ends - cuts, mask=(n < N) & (tl.program_id(0) == 0))
-        total += tl.sum(cuts, 0)
-    tl.store(first + N, total, mask=tl.program_id(0) == 0)
-    found = (before < N) & (slot < slots)
-    start = tl.load(cu + before, mask=found, other=0).to(tl.int64) + (slot - base) * L
-    end = tl.minimum(start + L, tl.load(cu + before + 1, mask=found, other=0).to(tl.int64))
-    tl.store(table + 2 * slot, tl.where(found, start, 0), mask=slot < slots)
-    tl.store(table + 2 * slot + 1, tl.where(found, end, 0), mask=slot < slots)
+    low = tl.zeros([BS], tl.int32)
+    high = low + (N - 1)
+    size = N
+    while size > 0:
+        middle = (low + high + 1) // 2
+        up = tl.minimum(tl.maximum(tl.load(cu + middle).to(tl.int64), 0), T) // L + middle <= slot
+        low = tl.where(up, middle, low)
+        high = tl.where(up, high, tl.maximum(middle - 1, low))
+        size = size // 2
+    tl.store(table + slot, low, mask=slot < slots)
 
 
-@triton.jit(do_not_specialize=["cuts", "in_scale", "out_scale"])
+@triton.jit(do_not_specialize=["T", "cuts", "L", "in_scale", "out_scale"])
 def scan(
     states,  # [slots, HV, K, W] in: what each segment adds; out: the state in which it starts
     decay,  # [slots, HV] log2-decay of each segment
     S0,  # [N, HV, K, W]
     s_n, s_h, s_k, s_v,
     S1,  # [N, HV, K, W] out, contiguous
-    first,  # [N + 1] first slot of each packed sequence
-    HV, cuts, in_scale, out_scale,
-    KW: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, BACK: tl.constexpr, GATED: tl.constexpr,
-    HAS_S0: tl.constexpr, HAS_S1: tl.constexpr, BLOCK: tl.constexpr,
+    G,  # [B * HV, T]
+    gamma,  # [HV]
+    cu,  # [N + 1]
+    T, HV, cuts, L, in_scale, out_scale,
+    KW: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, MIRROR: tl.constexpr,
+    GATE: tl.constexpr, TOKENS: tl.constexpr, HAS_S0: tl.constexpr, HAS_S1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """S_{j+1} = exp2(decay_j) S_j + states_j, element by element, in float32."""
+    BACK: tl.constexpr = REVERSE != MIRROR
     BLOCKS: tl.constexpr = (KW + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     e = pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -111,9 +103,13 @@ def scan(
     n = (pid // BLOCKS // HV).to(tl.int64)
     mask = e < KW
     if PACKED:
-        j0 = tl.load(first + n).to(tl.int64)
-        count = (tl.load(first + n + 1) - j0).to(tl.int32)
+        begin = offset(cu, n, T)
+        end = tl.maximum(offset(cu, n + 1, T), begin)
+        j0 = begin // L + n
+        count = tl.cdiv(end - begin, L).to(tl.int32)
     else:
+        begin = n * 0
+        end = begin + T
         j0 = n * cuts
         count = cuts
     S = tl.zeros([BLOCK], tl.float32)
@@ -126,61 +122,79 @@ def scan(
         p = states + row * KW + e
         x = tl.load(p, mask=mask, other=0.0)
         tl.store(p, S, mask=mask)
-        if GATED:
+        if GATE != 0:
             S = S * tl.exp2(tl.load(decay + row))
         S += x
         row += step
     if HAS_S1:
+        if MIRROR and GATE != 0 and not TOKENS:  # what it still owes
+            row = ((n * 0 if PACKED else n) * HV + h) * T
+            own, _ = owed(G + row, head_gate(gamma, h, GATE), begin, end, begin, end, GATE, REVERSE)
+            S = S * tl.exp2(tl.where(begin < end, own, 0.0))
         tl.store(S1 + (n * HV + h) * KW + e, S * out_scale, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "N", "cuts", "L", "slots", "heads"])
+@triton.jit(do_not_specialize=["T", "N", "cuts", "slots", "heads"])
 def gate_gradient(
-    rho,  # [2, TILES, B * HV, T] q.dq and k.dk, each without the term of the token with itself
-    edge,  # [slots, HV, 2, TILES] <S, dS> where the slot ends and starts, in the operator's order
+    rho,  # [3, TILES, B * HV, T] see below
+    across,  # [slots, HV, ACROSS]
     dg,  # [B, T, HV] out
-    dgamma,  # [slots, HV] out: the sum of dg over the slot
-    cu, table, T, N, HV, cuts, L, slots, heads,
-    TILES: tl.constexpr, REVERSE: tl.constexpr, LAYOUT: tl.constexpr, SUM: tl.constexpr, BL: tl.constexpr,
+    dgamma,  # [programs / HV, HV] out: sums of dg
+    cu, table, T, N, HV, cuts, slots, heads,
+    TILES: tl.constexpr, ACROSS: tl.constexpr, REVERSE: tl.constexpr, LAYOUT: tl.constexpr, SUM: tl.constexpr,
+    C: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """dg_t = <S_end, dS_end> + sum over i >= t of the segment of (q.dq - k.dk)_i.
+    """dg, for NB blocks.
 
-    q.dq - k.dk is a sum over pairs of a reading and a writing token. The pair of a token with itself is in both, and
-    so is the pair of the last token with dS_end (in <S_end, dS_end> and in k.dk). They are left out on both sides:
-    under strong decay they would be all there is, and dg what rounding leaves of them. A sum from the end gathers
-    rounding error like a random walk; but its value where the segment starts is known, <S_start, dS_start>. Spreading
-    the difference evenly over the segment pins both ends of the walk, which leaves a third of its variance.
+    dg_t is the sum over all pairs of a token i >= t that reads and a token j < t that wrote. With both in the block of
+    t, that is the sum over i >= t of q.dq - k.dk, each from pairs inside the block and without the pair of a token with
+    itself; the pairs after t cancel, to the last digit, since both roles round the same weights. To it come what tokens
+    i >= t read from the state where the block starts (in rho[0], with the first part), what tokens j < t wrote that is
+    read after the block (rho[2]), and what goes across the whole block. Nothing else cancels: each part has the
+    relative error of its own size, however short the memory of the gates.
     """
     pid = tl.program_id(0)
     h = (pid % HV).to(tl.int64)
-    slot = (pid // HV).to(tl.int64)
-    batch, t0, t1 = segment(slot, cu, table, T, cuts, L, LAYOUT)
+    slot = (pid // HV).to(tl.int64) * NB + tl.arange(0, NB)
+    exists = slot < slots
+    if LAYOUT == 0:
+        sequence = slot // cuts
+        batch = sequence
+        begin = slot * 0
+        end = begin + T
+        t0 = slot % cuts * C
+    else:
+        sequence = tl.load(table + slot, mask=exists, other=0).to(tl.int64)
+        batch = slot * 0
+        begin = tl.minimum(tl.maximum(tl.load(cu + sequence).to(tl.int64), 0), T)
+        end = tl.maximum(tl.minimum(tl.maximum(tl.load(cu + sequence + 1).to(tl.int64), 0), T), begin)
+        number = slot - begin // C - sequence
+        t0 = tl.where(number < 0, end, tl.minimum(begin + number * C, end))
+    t1 = tl.minimum(t0 + C, end)
     count = (t1 - t0).to(tl.int32)
-    i = tl.arange(0, BL)
-    live = i < count
+    i = tl.arange(0, C)[None, :]
+    live = exists[:, None] & (i < count[:, None])
     size = heads.to(tl.int64) * T
-    p = rho + (batch * HV + h) * T + t0 + i
-    last = 0 if REVERSE else count - 1  # of the walk
-    x = tl.zeros([BL], tl.float32)
-    at_end = 0.0
-    at_start = 0.0
+    p = rho + ((batch * HV + h) * T + t0)[:, None] + i
+    earlier = i + 1 < count[:, None] if REVERSE else i > 0  # the token has one before it in the block
+    x = tl.zeros([NB, C], tl.float32)
+    wrote = tl.zeros([NB, C], tl.float32)
+    over = tl.zeros([NB], tl.float32)
     for j in range(TILES):
         x += tl.load(p + j * size, mask=live, other=0.0)
-        x -= tl.load(p + (TILES + j) * size, mask=live & (i != last), other=0.0)
-        at_end += tl.load(edge + (slot * HV + h) * 2 * TILES + j)
-        at_start += tl.load(edge + (slot * HV + h) * 2 * TILES + TILES + j)
-    total = tl.sum(x, 0)
-    x = at_end + tl.cumsum(x, 0, reverse=not REVERSE)
-    # 1 at the first token of the walk, 0 past its last
-    share = (i + 1 if REVERSE else count - i).to(tl.float32) / tl.maximum(count, 1)
-    x += (at_start - at_end - total) * share
+        x -= tl.load(p + (TILES + j) * size, mask=live, other=0.0)
+        wrote += tl.load(p + (2 * TILES + j) * size + (1 if REVERSE else -1), mask=live & earlier, other=0.0)
+    for j in range(ACROSS):
+        over += tl.load(across + (slot * HV + h) * ACROSS + j, mask=exists & (count > 0), other=0.0)
+    x = over[:, None] + tl.cumsum(x, 1, reverse=not REVERSE) + tl.cumsum(wrote, 1, reverse=REVERSE)
     if SUM:
-        tl.store(dgamma + slot * HV + h, tl.sum(tl.where(live, x, 0.0), 0))
+        tl.store(dgamma + pid, tl.sum(tl.sum(tl.where(live, x, 0.0), 1), 0))
     else:
-        dg += batch * T * HV + h
-        tl.store(dg + (t0 + i) * HV, x.to(dg.dtype.element_ty), mask=live)
+        dg += h
+        tl.store(dg + ((batch * T + t0)[:, None] + i) * HV, x.to(dg.dtype.element_ty), mask=live)
         if LAYOUT != 0:
             none = count_outside(cu, T, N)
-            for u in range(slot * BL, none, slots * BL):
-                t = outside(u, i, cu, T, N)
-                tl.store(dg + t * HV, tl.zeros([BL], dg.dtype.element_ty), mask=u + i < none)
+            u = tl.arange(0, C)
+            for u0 in range(pid // HV * C, none, tl.num_programs(0) // HV * C):
+                t = outside(u0, u, cu, T, N)
+                tl.store(dg + t * HV, tl.zeros([C], dg.dtype.element_ty), mask=u0 + u < none)

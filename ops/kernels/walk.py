@@ -16,7 +16,8 @@ in which the operator walks (op.reverse: from the chunk's end), and R_end the de
     LA~: W_ij = exp2(R_j - R_i)   D_i = exp2(R_end - R_i)   U_j = exp2(R_j)
 
 The mirrored state owes the decay of the token that it reached last: that factor ("due") is applied when the next chunk
-reads the state. So U = exp2(R_j - R_first) has a 1 in it, as in LA, and U c stays in the range of float16.
+reads the state. So U = exp2(R_j - R_first) has a 1 in it, as in LA, and U c stays in the range of float16. Where a
+mirrored state is written to memory between two segments, the reader finds the gate of that token again.
 
 Exponents are differences under the causal mask: nothing overflows, however strong the decay. Where it is mild, the
 forward takes a cheaper form with exp2(-R): see `walk_safely`.
@@ -47,6 +48,28 @@ def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def remainder(x, high, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """What rounding took off x, as an operand, and the factor to put back on its product.
+
+    float16 has no numbers below 6e-8, where weights under strong decay lie: there the tile is scaled to 1 first.
+    """
+    low = x - high.to(tl.float32)
+    factor = 1.0
+    if tl.float16 == DTYPE:
+        factor = tl.maximum(tl.max(tl.max(tl.abs(low), 1), 0), 1e-30)
+        low = low * (1.0 / factor)
+    return operand(low, DTYPE, PRECISION), factor
+
+
+@triton.jit
+def plus(x, y, factor, z, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """z + factor x y"""
+    if tl.float16 == DTYPE:
+        return z + factor * tl.dot(x, y, input_precision=PRECISION)
+    return tl.dot(x, y, z, input_precision=PRECISION)
+
+
+@triton.jit
 def rows(p, stride, t, i, live, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Tile [C, BLOCK] of a [T, WIDTH] tensor from token t on; zeros outside."""
     p = p + t * stride + i[:, None] * stride + col[None, :]
@@ -65,6 +88,36 @@ def store_rows(p, stride, t, i, live, col, value, WIDTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
+def decays(gate, gamma, t, i, live, count, GATE: tl.constexpr, REVERSE: tl.constexpr):
+    """R of the tokens of a chunk, of its first (in the operator's order), and of all of it."""
+    if GATE == 1:
+        head = tl.load(gate + t + (count - 1 if REVERSE else 0))
+        end = tl.load(gate + t + (0 if REVERSE else count - 1))
+        R = tl.load(gate + t + i, mask=live, other=0.0)
+        R = tl.where(
+            live, R, head if REVERSE else end
+        )  # past the end: that of the neighbour, so no exponent is positive
+    else:
+        head = gamma
+        end = gamma * count
+        R = gamma * (tl.maximum(count - i, 1) if REVERSE else tl.minimum(i + 1, count))
+    return R, head, end
+
+
+@triton.jit
+def pair_decay(P, R, gamma, i, GATE: tl.constexpr, MIRROR: tl.constexpr):
+    """P * W. R of strong decays is in the thousands: where it comes in float64, differences keep its last digits."""
+    if GATE == 2:
+        return P * tl.exp2(gamma * tl.abs(i[:, None] - i[None, :]))  # exact, where a difference of two R is not
+    high = R.to(tl.float32)
+    e = high[None, :] - high[:, None] if MIRROR else high[:, None] - high[None, :]
+    if R.dtype == tl.float64:
+        low = (R - high).to(tl.float32)
+        e += low[None, :] - low[:, None] if MIRROR else low[:, None] - low[None, :]
+    return P * tl.exp2(e)
+
+
+@triton.jit
 def walk(
     a,  # [T, M] this head's rows; the role decides which tensor
     a_t,  # its token stride; the last dimension is contiguous
@@ -76,17 +129,18 @@ def walk(
     out_t,
     x,  # [T, N]  q for DQ, k for DK
     x_t,
-    rho,  # [T]  out: s sum_n x_tn out_tn without the term j = t (see gates.py)
+    rho,  # [T]  out: s sum_n x_tn out_tn without the term j = t; for DK only the part from tokens of the block
+    rho_rest,  # [T]  out, DK: the part from the state where the block ends (see gate_gradient)
     gate,  # [T]  R, contiguous
-    gamma,  # float: log2-decay of this head, for HEAD_GATE
+    gamma,  # float: log2-decay of this head, for GATE 2
     rden,  # [T]  backward of the normaliser
     dden,  # [T]
-    S,  # [BM, BN] float32, the state where the walk begins
+    S,  # [BM, BN] the state where the walk begins: float32, or an operand if it does not move
     z,  # its column (or row, transposed) of the normaliser: [BM], or [BN] for DQ and DK
+    due,  # log2-decay that a mirrored S still owes
     t0,  # first token of the segment, int64
     t1,  # its end
-    m0,  # first row and column of this tile of the state
-    n0,
+    n0,  # first column of this tile of the state
     scale,
     EPS: tl.constexpr,
     M: tl.constexpr,
@@ -98,8 +152,8 @@ def walk(
     GATE: tl.constexpr,
     REVERSE: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    OUT: tl.constexpr,  # False: only the state is wanted, and BM may be a part of M
     RHO: tl.constexpr,
+    MOVES: tl.constexpr,  # False: the walk is one chunk, and the state at its end is not wanted
     PRECISION: tl.constexpr,
     FACTORED: tl.constexpr = False,
 ):
@@ -107,41 +161,28 @@ def walk(
     MIRROR: tl.constexpr = ROLE >= 2
     BACK: tl.constexpr = REVERSE != MIRROR  # walks from t1 down to t0
     DTYPE: tl.constexpr = b.dtype.element_ty
-    # dg is a long sum of q.dq - k.dk, where pairs of tokens must cancel; but dq rounds S where dk rounds U c. So what
-    # rounding takes off P, S and U c goes through the matrix units too: about twice the digits of the dtype remain.
-    TWICE: tl.constexpr = RHO and PRECISION != "ieee"
+    # With the normaliser, the means of k and v drop out of dq and dk, and with them most of S and P: there, what
+    # rounding takes off S and P goes through the matrix units too.
+    TWICE: tl.constexpr = NORMALIZE and (ROLE == 1 or ROLE == 3) and PRECISION != "ieee"
     i = tl.arange(0, C)
-    m = m0 + tl.arange(0, BM)
+    m = tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
-    chunks = tl.cdiv((t1 - t0).to(tl.int32), C)
-    due = 0.0
+    chunks = tl.cdiv((t1 - t0).to(tl.int32), C) if MOVES else 1
+    due += tl.zeros([], tl.float32)  # not a constant: the loop changes it
     for step in range(0, chunks):
         t = t0 + (chunks - 1 - step if BACK else step) * C
         count = tl.minimum(t1 - t, C).to(tl.int32)
         live = i < count
+        xa = operand(rows(a, a_t, t, i, live, m, M, BM), DTYPE, PRECISION)
         xb = operand(rows(b, b_t, t, i, live, m, M, BM), DTYPE, PRECISION)
         xc = operand(rows(c, c_t, t, i, live, n, N, BN), DTYPE, PRECISION)
-
-        # decays; a token past the end takes the R of its neighbour, so that no exponent is positive
-        if GATE == 1:
-            head = tl.load(gate + t + (count - 1 if REVERSE else 0))
-            end = tl.load(gate + t + (0 if REVERSE else count - 1))
-            R = tl.load(gate + t + i, mask=live, other=0.0)
-            R = tl.where(live, R, head if REVERSE else end)
-        elif GATE == 2:
-            head = gamma
-            end = gamma * count
-            R = gamma * (tl.maximum(count - i, 1) if REVERSE else tl.minimum(i + 1, count))
-        if FACTORED:
-            E = tl.exp2((R - end if MIRROR else -R).to(tl.float32))
-            D = tl.exp2((end - R if MIRROR else R).to(tl.float32))
-            gain = tl.exp2(end.to(tl.float32))
-            if RHO and ROLE == 1:
-                last = (step == chunks - 1) & (i == (0 if BACK else count - 1))
-            xf = xc.to(tl.float32) * E[:, None]
-            xh = operand(xf, DTYPE, PRECISION)
-        elif GATE != 0:
-            if MIRROR:
+        if GATE != 0:
+            R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE)
+            if FACTORED:
+                D = tl.exp2(R.to(tl.float32))
+                gain = tl.exp2(end.to(tl.float32))
+                xc = operand(xc.to(tl.float32) * tl.exp2(-R.to(tl.float32))[:, None], DTYPE, PRECISION)
+            elif MIRROR:
                 U = tl.exp2((R - head).to(tl.float32))
                 D = tl.exp2((end - R).to(tl.float32) + due)
                 gain = tl.exp2((end - head).to(tl.float32) + due)
@@ -150,109 +191,137 @@ def walk(
                 U = tl.exp2((end - R).to(tl.float32))
                 D = tl.exp2(R.to(tl.float32))
                 gain = tl.exp2(end.to(tl.float32))
-            if RHO and ROLE == 1:  # the state at the end is for dg alone, which wants it without its last token
-                U = tl.where((step == chunks - 1) & (i == (0 if BACK else count - 1)), 0.0, U)
         if NORMALIZE and ROLE != 0:
             w = tl.load(rden + t + i, mask=live, other=0.0)
             dd = tl.load(dden + t + i, mask=live, other=0.0)
 
-        if OUT:
-            xa = operand(rows(a, a_t, t, i, live, m, M, BM), DTYPE, PRECISION)
-            P = tl.dot(xa, tl.trans(xb), input_precision=PRECISION)
-            high = operand(S, DTYPE, PRECISION)
-            y = tl.dot(xa, high, input_precision=PRECISION)
-            if TWICE:
-                y = tl.dot(xa, operand(S - high.to(tl.float32), DTYPE, PRECISION), y, input_precision=PRECISION)
-            if NORMALIZE:  # do carries the factor rden; dden is its column that meets the ones of v
-                if ROLE == 1:
-                    P = P * w[:, None] + dd[:, None]
-                    y = y * w[:, None] + dd[:, None] * z[None, :]
-                elif ROLE == 2:
-                    P = P * w[None, :]
-                elif ROLE == 3:
-                    P = P * w[None, :] + dd[None, :]
-                    y += z[None, :]
-            if RHO:
-                own = tl.sum(tl.where(i[:, None] == i[None, :], P, 0.0), 1)
-                keep = i[:, None] < i[None, :] if BACK else i[:, None] > i[None, :]
-            else:
-                keep = i[:, None] <= i[None, :] if BACK else i[:, None] >= i[None, :]
-            if FACTORED:
-                pass
-            elif GATE == 1:
-                P = P * tl.exp2((R[None, :] - R[:, None] if MIRROR else R[:, None] - R[None, :]).to(tl.float32))
-            elif GATE == 2:
-                # the distance is exact, where a difference of two rounded R is not
-                P = P * tl.exp2(gamma * tl.abs(i[:, None] - i[None, :]))
-            P = tl.where(keep, P, 0.0)
-            high = operand(P, DTYPE, PRECISION)
-            if FACTORED:
-                y = tl.dot(high, xh, y, input_precision=PRECISION)
-                if TWICE:
-                    y = tl.dot(operand(P - high.to(tl.float32), DTYPE, PRECISION), xh, y, input_precision=PRECISION)
-                    y = tl.dot(high, operand(xf - xh.to(tl.float32), DTYPE, PRECISION), y, input_precision=PRECISION)
-                y = y * D[:, None]
-            else:
-                if GATE != 0:
-                    y = y * D[:, None]
-                y = tl.dot(high, xc, y, input_precision=PRECISION)
-            if RHO:
-                if TWICE and not FACTORED:
-                    y = tl.dot(operand(P - high.to(tl.float32), DTYPE, PRECISION), xc, y, input_precision=PRECISION)
-                xx = operand(rows(x, x_t, t, i, live, n, N, BN), DTYPE, PRECISION)
-                tl.store(rho + t + i, scale * tl.sum(xx.to(tl.float32) * y, 1), mask=live)
-                y += own[:, None] * xc.to(tl.float32)
-            y = y * scale
-            if NORMALIZE and ROLE == 0:
-                qz = tl.sum(xa.to(tl.float32) * z[None, :], 1)
-                if GATE != 0:
-                    qz = qz * D
-                y = y / (scale * (tl.sum(P, 1) + qz) + EPS)[:, None]
-            store_rows(out, out_t, t, i, live, n, y, N, BN)
-
-        # the state moves on
+        P = tl.dot(xa, tl.trans(xb), input_precision=PRECISION)
+        high = operand(S, DTYPE, PRECISION)
+        y = tl.dot(xa, high, input_precision=PRECISION)
+        if TWICE:
+            low, factor = remainder(S, high, DTYPE, PRECISION)
+            y = plus(xa, low, factor, y, DTYPE, PRECISION)
+        if NORMALIZE:  # do carries the factor rden; dden is its column that meets the ones of v
+            if ROLE == 1:
+                P = P * w[:, None] + dd[:, None]
+                y = y * w[:, None] + dd[:, None] * z[None, :]
+            elif ROLE == 2:
+                P = P * w[None, :]
+            elif ROLE == 3:
+                P = P * w[None, :] + dd[None, :]
+                y += z[None, :]
+        if RHO:
+            own = tl.sum(tl.where(i[:, None] == i[None, :], P, 0.0), 1)
+            keep = i[:, None] < i[None, :] if BACK else i[:, None] > i[None, :]
+        else:
+            keep = i[:, None] <= i[None, :] if BACK else i[:, None] >= i[None, :]
+        if GATE != 0 and not FACTORED:
+            P = pair_decay(P, R, gamma, i, GATE, MIRROR)
+            y = y * D[:, None]
+        P = tl.where(keep, P, 0.0)
+        high = operand(P, DTYPE, PRECISION)
+        if RHO:
+            xx = operand(rows(x, x_t, t, i, live, n, N, BN), DTYPE, PRECISION).to(tl.float32)
+        if RHO and ROLE == 3:
+            tl.store(rho_rest + t + i, scale * tl.sum(xx * y, 1), mask=live)
+            rest = y
+            y = tl.dot(high, xc, input_precision=PRECISION)
+        else:
+            y = tl.dot(high, xc, y, input_precision=PRECISION)
+        if TWICE or (RHO and tl.float16 == DTYPE):  # dg may be as small as the weights that float16 does not hold
+            low, factor = remainder(P, high, DTYPE, PRECISION)
+            y = plus(low, xc, factor, y, DTYPE, PRECISION)
         if FACTORED:
-            if RHO and ROLE == 1:
-                xf = tl.where(last[:, None], 0.0, xf)
-                xh = operand(xf, DTYPE, PRECISION)
-            S = tl.dot(tl.trans(xb), xh, S, input_precision=PRECISION)
-            if TWICE:
-                S = tl.dot(
-                    tl.trans(xb), operand(xf - xh.to(tl.float32), DTYPE, PRECISION), S, input_precision=PRECISION
-                )
-            S = S * gain
-        elif NORMALIZE:
-            if ROLE != 2 or not OUT:  # dv itself needs no z
-                if ROLE == 0:
+            y = y * D[:, None]
+        if RHO:
+            tl.store(rho + t + i, scale * tl.sum(xx * y, 1), mask=live)
+            y += own[:, None] * xc.to(tl.float32)
+            if ROLE == 3:
+                y += rest
+        y = y * scale
+        if NORMALIZE and ROLE == 0:
+            qz = tl.sum(xa.to(tl.float32) * z[None, :], 1)
+            if GATE != 0:
+                qz = qz * D
+            y = y / (scale * (tl.sum(P, 1) + qz) + EPS)[:, None]
+        store_rows(out, out_t, t, i, live, n, y, N, BN)
+
+        if MOVES:
+            if FACTORED:
+                S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION) * gain
+            else:
+                if NORMALIZE and ROLE == 0:
                     zk = xb.to(tl.float32)
-                elif ROLE == 1:
-                    zk = xc.to(tl.float32)
-                else:
-                    zk = (xb if ROLE == 2 else xc).to(tl.float32) * dd[:, None]
+                    if GATE != 0:
+                        zk = zk * U[:, None]
+                        z = z * gain
+                    z += tl.sum(zk, 0)
                 if GATE != 0:
-                    zk = zk * U[:, None]
-                    z = z * gain
-                z += tl.sum(zk, 0)
+                    S = S * gain
+                    xc = operand(xc.to(tl.float32) * U[:, None], DTYPE, PRECISION)
+                S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION)
+    if MOVES and MIRROR and GATE != 0:
+        S = S * tl.exp2(due)
+    return S, z
+
+
+@triton.jit
+def walk_states(
+    b, b_t, c, c_t, gate, gamma, rden, dden, S, z, due, kept, kept_z, kept_n, kept_zn, t0, t1, m0, n0,
+    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, MIRROR: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Only the state moves: roles 0 and 2 without an output. Returns it at the end of the walk, and what it owes.
+
+    KEEP: writes the state before every chunk, counted from t0, to `kept` [., M, N] and `kept_z` [., M].
+    """
+    BACK: tl.constexpr = REVERSE != MIRROR
+    DTYPE: tl.constexpr = b.dtype.element_ty
+    i = tl.arange(0, C)
+    m = m0 + tl.arange(0, BM)
+    n = n0 + tl.arange(0, BN)
+    if KEEP:
+        kept += m.to(tl.int64)[:, None] * N + n[None, :]
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        z_mask = (m < M) & (n0 == 0)
+    chunks = tl.cdiv((t1 - t0).to(tl.int32), C)
+    due += tl.zeros([], tl.float32)  # not a constant: the loop changes it
+    for step in range(0, chunks):
+        place = chunks - 1 - step if BACK else step
+        t = t0 + place * C
+        count = tl.minimum(t1 - t, C).to(tl.int32)
+        live = i < count
+        xb = operand(rows(b, b_t, t, i, live, m, M, BM), DTYPE, PRECISION)
+        xc = operand(rows(c, c_t, t, i, live, n, N, BN), DTYPE, PRECISION)
+        if KEEP:
+            tl.store(kept + place.to(tl.int64) * kept_n, S.to(kept.dtype.element_ty), mask=mask)
+            if NORMALIZE:
+                tl.store(kept_z + place.to(tl.int64) * kept_zn + m, z, mask=z_mask)
+        if GATE != 0:
+            R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE)
+            if MIRROR:
+                U = tl.exp2((R - head).to(tl.float32))
+                gain = tl.exp2((end - head).to(tl.float32) + due)
+                due = head.to(tl.float32)
+            else:
+                U = tl.exp2((end - R).to(tl.float32))
+                gain = tl.exp2(end.to(tl.float32))
+            S = S * gain
+        if NORMALIZE:
+            zk = xb.to(tl.float32)
+            if MIRROR:
+                zk = zk * tl.load(dden + t + i, mask=live, other=0.0)[:, None]
+                w = tl.load(rden + t + i, mask=live, other=0.0)
+            if GATE != 0:
+                zk = zk * U[:, None]
+                z = z * gain
+            z += tl.sum(zk, 0)
             if MIRROR:
                 U = U * w if GATE != 0 else w
-        if GATE != 0 and not FACTORED:
-            S = S * gain
-        if FACTORED:
-            pass
-        elif GATE != 0 or (NORMALIZE and MIRROR):
-            xc = xc.to(tl.float32) * U[:, None]
-            high = operand(xc, DTYPE, PRECISION)
-            S = tl.dot(tl.trans(xb), high, S, input_precision=PRECISION)
-            if TWICE:
-                S = tl.dot(
-                    tl.trans(xb), operand(xc - high.to(tl.float32), DTYPE, PRECISION), S, input_precision=PRECISION
-                )
-        else:
-            S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION)
-    if MIRROR and GATE != 0 and not FACTORED:
-        S = S * tl.exp2(due)
-        z = z * tl.exp2(due)
-    return S, z
+        if GATE != 0 or (NORMALIZE and MIRROR):
+            xc = operand(xc.to(tl.float32) * U[:, None], DTYPE, PRECISION)
+        S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION)
+    return S, z, due
 
 
 @triton.jit
@@ -269,12 +338,12 @@ def mild(gate, gamma, t0, t1, C: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def walk_safely(
-    a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
+    a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1, n0, scale,
     EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
-    ROLE: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, OUT: tl.constexpr,
-    RHO: tl.constexpr, PRECISION: tl.constexpr,
+    ROLE: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, RHO: tl.constexpr,
+    MOVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`walk`, by the factored form where the gates of the whole segment allow it.
+    """`walk` of role 0, by the factored form where the gates of the whole segment allow it.
 
     W_ij = D_i E_j with E_j = exp2(-R_j) needs no exponential per pair of tokens, and one scaled c serves both products:
     out = s D * (tril(a b^T) (E c) + a S),  S <- exp2(R_end) (S + b^T (E c)).  It overflows under strong decay.
@@ -282,35 +351,42 @@ def walk_safely(
     if GATE != 0 and not NORMALIZE and b.dtype.element_ty != tl.float16:
         if mild(gate, gamma, t0, t1, C, GATE):
             S, z = walk(
-                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
-                EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, OUT, RHO, PRECISION, True,
+                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
+                n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION, True,
             )  # fmt: skip
         else:
             S, z = walk(
-                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
-                EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, OUT, RHO, PRECISION,
+                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
+                n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
     else:
         S, z = walk(
-            a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
-            EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, OUT, RHO, PRECISION,
+            a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
+            n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
         )  # fmt: skip
     return S, z
 
 
 @triton.jit
 def walk_tokens(
-    a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, gate, gamma, rden, dden, S, z, t0, t1, m0, n0, scale,
+    a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1, n0, scale,
     EPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
-    ROLE: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, OUT: tl.constexpr,
-    RHO: tl.constexpr, PRECISION: tl.constexpr,
+    ROLE: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, RHO: tl.constexpr,
+    MOVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`walk` with the same arguments, one token at a time; `gate` holds the log2-decay of each token."""
+    """`walk` with the same arguments, one token at a time; `gate` holds the log2-decay of each token.
+
+    A mirrored state owes nothing here. With RHO, DK holds the state from outside the block (S) apart from what the
+    tokens of the block add (Sb): what one of them adds to rho may be far below the rounding of the other.
+    """
     MIRROR: tl.constexpr = ROLE >= 2
     BACK: tl.constexpr = REVERSE != MIRROR
-    m = m0 + tl.arange(0, BM)
+    m = tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     tokens = (t1 - t0).to(tl.int32)
+    APART: tl.constexpr = RHO and ROLE == 3
+    if APART:
+        Sb, zb = tl.zeros([BM, BN], tl.float32), tl.zeros([BN], tl.float32)
     for step in range(0, tokens):
         t = t1 - 1 - step if BACK else t0 + step
         xb = tl.load(b + t * b_t + m, mask=m < M, other=0.0).to(tl.float32)
@@ -328,43 +404,98 @@ def walk_tokens(
             if NORMALIZE:
                 z = z * gain + z * rest
 
-        if OUT:
-            xa = tl.load(a + t * a_t + m, mask=m < M, other=0.0).to(tl.float32)
-            p = tl.sum(xa * xb, 0)
-            y = tl.sum(xa[:, None] * S, 0)
-            if NORMALIZE:
-                if ROLE == 1:
-                    p = p * w + dd
-                    y = y * w + dd * z
-                elif ROLE == 2:
-                    p = p * w
-                elif ROLE == 3:
-                    p = p * w + dd
-                    y += z
-            if RHO:
-                xx = tl.load(x + t * x_t + n, mask=n < N, other=0.0).to(tl.float32)
-                tl.store(rho + t, scale * tl.sum(xx * y, 0))
-            y = scale * (y + p * xc)
-            if NORMALIZE and ROLE == 0:
-                y = y / (scale * (p + tl.sum(xa * z, 0)) + EPS)
-            tl.store(out + t * out_t + n, y.to(out.dtype.element_ty), mask=n < N)
-
-        if RHO and ROLE == 1:
-            xc = tl.where(step == tokens - 1, 0.0, xc)
+        xa = tl.load(a + t * a_t + m, mask=m < M, other=0.0).to(tl.float32)
+        p = tl.sum(xa * xb, 0)
+        y = tl.sum(xa[:, None] * S, 0)
         if NORMALIZE:
-            if ROLE == 0:
-                z += xb
-            elif ROLE == 1:
-                z += xc
+            if ROLE == 1:
+                p = p * w + dd
+                y = y * w + dd * z
+            elif ROLE == 2:
+                p = p * w
             elif ROLE == 3:
-                z += xc * dd
-            elif not OUT:
-                z += xb * dd
-            if MIRROR:
+                p = p * w + dd
+                y += z
+        if RHO:
+            xx = tl.load(x + t * x_t + n, mask=n < N, other=0.0).to(tl.float32)
+            if APART:
+                yb = tl.sum(xa[:, None] * Sb, 0) + zb
+                tl.store(rho_rest + t, scale * tl.sum(xx * y, 0))
+                tl.store(rho + t, scale * tl.sum(xx * yb, 0))
+                y += yb
+            else:
+                tl.store(rho + t, scale * tl.sum(xx * y, 0))
+        y = scale * (y + p * xc)
+        if NORMALIZE and ROLE == 0:
+            y = y / (scale * (p + tl.sum(xa * z, 0)) + EPS)
+        tl.store(out + t * out_t + n, y.to(out.dtype.element_ty), mask=n < N)
+
+        if APART:
+            if NORMALIZE:
+                zb += xc * dd
                 xc = xc * w
-        S += xb[:, None] * xc[None, :]
+            Sb += xb[:, None] * xc[None, :]
+        else:
+            if NORMALIZE:
+                if ROLE == 0:
+                    z += xb
+                elif ROLE == 1:
+                    z += xc
+                elif ROLE == 3:
+                    z += xc * dd
+                if MIRROR:
+                    xc = xc * w
+            S += xb[:, None] * xc[None, :]
         if GATE != 0 and MIRROR:
             S = S * gain + S * rest
-            if NORMALIZE and (ROLE != 2 or not OUT):
+            if NORMALIZE and ROLE == 3:
                 z = z * gain + z * rest
+            if APART:
+                Sb = Sb * gain + Sb * rest
+                zb = zb * gain + zb * rest
     return S, z
+
+
+@triton.jit
+def walk_states_tokens(
+    b, b_t, c, c_t, gate, gamma, rden, dden, S, z, due, kept, kept_z, kept_n, kept_zn, t0, t1, m0, n0,
+    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, MIRROR: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`walk_states` one token at a time, in exact float32. States owe nothing: `due` is 0."""
+    BACK: tl.constexpr = REVERSE != MIRROR
+    m = m0 + tl.arange(0, BM)
+    n = n0 + tl.arange(0, BN)
+    if KEEP:
+        kept += m.to(tl.int64)[:, None] * N + n[None, :]
+        mask = (m < M)[:, None] & (n < N)[None, :]
+        z_mask = (m < M) & (n0 == 0)
+    tokens = (t1 - t0).to(tl.int32)
+    for step in range(0, tokens):
+        place = tokens - 1 - step if BACK else step
+        t = t0 + place
+        if KEEP and (step == 0 or (place + 1 if BACK else place) % C == 0):
+            at = (place // C).to(tl.int64)
+            tl.store(kept + at * kept_n, S.to(kept.dtype.element_ty), mask=mask)
+            if NORMALIZE:
+                tl.store(kept_z + at * kept_zn + m, z, mask=z_mask)
+        xb = tl.load(b + t * b_t + m, mask=m < M, other=0.0).to(tl.float32)
+        xc = tl.load(c + t * c_t + n, mask=n < N, other=0.0).to(tl.float32)
+        zk = xb
+        if NORMALIZE and MIRROR:
+            zk = xb * tl.load(dden + t)
+            xc = xc * tl.load(rden + t)
+        if GATE != 0:
+            factor = tl.exp2(tl.load(gate + t) if GATE == 1 else gamma.to(tl.float64))
+            gain = factor.to(tl.float32)
+            rest = (factor - gain).to(tl.float32)
+            if not MIRROR:
+                S = S * gain + S * rest
+                z = z * gain + z * rest
+        S += xb[:, None] * xc[None, :]
+        if NORMALIZE:
+            z += zk
+        if GATE != 0 and MIRROR:
+            S = S * gain + S * rest
+            z = z * gain + z * rest
+    return S, z, due

@@ -43,6 +43,7 @@ only = ""
 def compile_for_hopper(fn: JITFunction, args: tuple, options: dict) -> dict | None:
     """The specialisation that Triton itself would choose: 1 is a constant, multiples of 16 are marked."""
     num_warps, num_stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    target = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": options.pop("maxnreg", None)}
     values = dict(zip(fn.arg_names, args, strict=False)) | options
     signature, constants, attrs = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
@@ -65,9 +66,7 @@ def compile_for_hopper(fn: JITFunction, args: tuple, options: dict) -> dict | No
     seen.add(key)
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
     start = time.time()
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=target)
     seconds = time.time() - start
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
@@ -113,7 +112,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "tf32", "ieee"])
-    parser.add_argument("--gates", nargs="+", default=["none", "g", "gamma", "g+norm"])
+    parser.add_argument("--gates", nargs="+", default=["none", "g", "gamma", "g+norm", "g fixed"])
     parser.add_argument("--ops", nargs="+", default=["chunk"])
     parser.add_argument("--layouts", nargs="+", default=["dense"], choices=["dense", "packed", "cut"])
     parser.add_argument(
@@ -135,7 +134,7 @@ def main() -> None:
             for gate in args.gates:
                 normalize = gate.endswith("norm")
                 q = torch.empty(1, T, H, D, dtype=t)
-                g = torch.empty(1, T, H) if gate.startswith("g+") or gate == "g" else None
+                g = torch.empty(1, T, H) if gate.startswith(("g+", "g ")) or gate == "g" else None
                 gamma = torch.empty(H) if gate.startswith("gamma") else None
                 S = torch.empty(1, H, D, D + normalize)
                 for op, layout in itertools.product(args.ops, args.layouts):
@@ -144,7 +143,21 @@ def main() -> None:
                     tiles.segment = {"dense": None, "packed": T, "cut": 1024}[layout]
                     launch.forward(op, q, q, q, g, gamma, S, True, cu, 0.5, normalize, False)
                     launch.backward(
-                        op, q, q, q, g, gamma, S, cu, 0.5, normalize, False, q if normalize else None, q, S, True
+                        op,
+                        q,
+                        q,
+                        q,
+                        g,
+                        gamma,
+                        S,
+                        cu,
+                        0.5,
+                        normalize,
+                        False,
+                        q if normalize else None,
+                        q,
+                        S,
+                        "fixed" not in gate,
                     )
                     tiles.segment = None
         label = f"step {D}"

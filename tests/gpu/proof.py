@@ -1,0 +1,180 @@
+# ruff: noqa: C408
+"""The whole proof on a GPU, in one command: what a release must show before it ships a kernel.
+
+    python tests/gpu/proof.py --out FOLDER [--jobs 40] [--tests 10] [--skip cases extras sanitizer pytest timing]
+
+Runs at once, over all GPUs of the machine: every case of suite.py against float64, the rest of the contract (extras),
+compute-sanitizer's memcheck, initcheck and racecheck over every kernel at every width, and the test suite on CUDA
+tensors; then, alone, the timings. Writes docs/records/gpu_*.json anew into FOLDER: one line for each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+WIDTHS = (16, 32, 60, 64, 100, 128, 192, 256)
+TOOLS = ("memcheck", "initcheck", "racecheck")
+FINDINGS = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)")
+
+
+def rounded(x: Any) -> Any:
+    """Three digits are what a record needs."""
+    if isinstance(x, float):
+        return float(f"{x:.3g}")
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items() if v not in ("", None)}
+    return [rounded(v) for v in x] if isinstance(x, list) else x
+
+
+def write(path: Path, key: str, rows: list[dict], **more: Any) -> None:
+    header = dict(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), torch=torch.__version__,
+        triton=triton.__version__, device=torch.cuda.get_device_name(0), **more,
+    )  # fmt: skip
+    lines = ",\n".join("  " + json.dumps(rounded(row)) for row in rows)
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in header.items())
+    path.write_text(f"{{\n{head} {json.dumps(key)}: [\n{lines}\n ]\n}}\n")
+
+
+def start(command: list[str], log: Path, device: int | None = None, **environment: str) -> subprocess.Popen:
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device)
+    return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=os.environ | environment)
+
+
+def sanitizer(out: Path, devices: int) -> dict[tuple[int, str], subprocess.Popen]:
+    if shutil.which("compute-sanitizer") is None:
+        raise SystemExit("compute-sanitizer is not on the PATH")
+    running = {}
+    for i, (width, tool) in enumerate((w, t) for w in reversed(WIDTHS) for t in TOOLS):
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            sys.executable,
+            str(HERE / "suite.py"),
+            "--sanitize",
+            str(width),
+        ]
+        # with the caching allocator, reads past a tensor would land in a neighbour and go unnoticed
+        log = out / f"sanitizer_{width}_{tool}.log"
+        running[width, tool] = start(command, log, i % devices, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return running
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=40, help="processes of the cases")
+    parser.add_argument("--tests", type=int, default=10, help="processes of the test suite (pytest-xdist)")
+    parser.add_argument("--skip", nargs="*", default=[])
+    parser.add_argument("--some", action="store_true", help="cases: not every option set at every width")
+    parser.add_argument("--limit", type=float, default=540.0, help="seconds after which what still runs is ended")
+    args = parser.parse_args()
+    out, begin, devices = args.out, time.time(), torch.cuda.device_count()
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    suite = [sys.executable, str(HERE / "suite.py")]
+    running: dict[Any, subprocess.Popen] = {}
+    if "sanitizer" not in args.skip:
+        running |= sanitizer(logs, devices)
+    if "cases" not in args.skip:
+        more = [] if args.some else ["--full"]
+        command = [*suite, "--only", "cases", "--jobs", str(args.jobs), "--json", str(logs / "cases.json"), *more]
+        running["cases"] = start(command, logs / "cases.log")
+    if "extras" not in args.skip:
+        running["extras"] = start(
+            [*suite, "--only", "extras", "--json", str(logs / "extras.json")], logs / "extras.log", 0
+        )
+    if "pytest" not in args.skip:
+        command = [sys.executable, "-m", "pytest", "-v", "-rf", "-m", "gpu", "-n", str(args.tests), str(ROOT / "tests")]
+        command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+        command += [f"--ignore={HERE}", f"--junitxml={logs / 'pytest.xml'}"]
+        running["pytest"] = start(command, logs / "pytest.log", devices - 1)
+
+    left = dict(running)
+    while left and time.time() - begin < args.limit:
+        for name in [n for n, p in left.items() if p.poll() is not None]:
+            print(f"{time.time() - begin:5.0f} s  {name}: exit {left.pop(name).returncode}", flush=True)
+        time.sleep(0.5)
+    for name, process in left.items():
+        process.kill()
+        print(f"ENDED after {args.limit:.0f} s: {name}", flush=True)
+
+    bad = len(left)
+    if "sanitizer" not in args.skip:
+        rows = []
+        for width in WIDTHS:
+            row: dict[str, Any] = dict(width=width)
+            for tool in TOOLS:
+                text = (logs / f"sanitizer_{width}_{tool}.log").read_text(errors="replace")
+                found = FINDINGS.findall(text)
+                # no summary, or a program that did not reach its end, is a finding too
+                row[tool] = int(found[-1]) if found and f"sanitize {width} done" in text else "did not finish"
+                if row[tool] != 0:
+                    bad += 1
+                    print(f"sanitizer {width} {tool}: {row[tool]}\n" + "\n".join(text.splitlines()[:25]))
+            rows.append(row)
+        what = "compute-sanitizer over tests/gpu/suite.py --sanitize WIDTH: every kernel once, bfloat16 and TF32"
+        write(out / "gpu_sanitizer.json", "findings", rows, what=what)
+    for name, key in (("cases", "cases"), ("extras", "contract")):
+        if name not in args.skip:
+            text = (logs / f"{name}.log").read_text(errors="replace")
+            print("\n".join(text.splitlines()[-60:]))
+            if (logs / f"{name}.json").exists():
+                records = json.loads((logs / f"{name}.json").read_text())[name]
+                bad += sum(not r["ok"] for r in records)
+                for r in records:
+                    if key == "contract":
+                        r.pop("errors")
+                        r.pop("detail")
+                write(out / f"gpu_{key}.json", "cases", records)
+            else:
+                bad += 1
+    if "pytest" not in args.skip:
+        lines = (logs / "pytest.log").read_text(errors="replace").splitlines()
+        print("\n".join([line for line in lines if " FAILED " in line or " ERROR " in line] + lines[-40:]))
+        if (logs / "pytest.xml").exists():
+            rows = []
+            for case in ElementTree.parse(logs / "pytest.xml").getroot().iter("testcase"):
+                result = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
+                rows.append(dict(test=f"{case.get('classname')}::{case.get('name')}", result=(result or ["passed"])[0]))
+            bad += sum(row["result"] in ("failure", "error") for row in rows)
+            files: dict[str, dict[str, int]] = {}
+            for row in rows:
+                counts = files.setdefault(row["test"].split("::")[0].removeprefix("tests."), {})
+                counts[row["result"]] = counts.get(row["result"], 0) + 1
+            write(out / "gpu_pytest.json", "files", [dict(file=f, **c) for f, c in sorted(files.items())])
+        else:
+            bad += 1
+    if "timing" not in args.skip:
+        subprocess.run([*suite, "--only", "timing", "--more", "--json", str(logs / "timing.json")], check=False)
+        if (logs / "timing.json").exists():
+            record = json.loads((logs / "timing.json").read_text())
+            write(
+                out / "gpu_timing.json", "timing", record["timing"], copy_bandwidth_tb_s=record["copy_bandwidth_tb_s"]
+            )
+    subprocess.run(["tar", "czf", str(out / "logs.tgz"), "-C", str(out), "logs"], check=True)
+    shutil.rmtree(logs)
+    print(f"{time.time() - begin:.0f} s, {bad} bad")
+    raise SystemExit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
