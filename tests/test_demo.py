@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import torch_la
-from torch_la import demo
+from torch_la import demo, functions
 from torch_la.__main__ import main
 
 TEXT = b"the state is all that is kept of what was read; " * 200
@@ -46,16 +45,16 @@ def test_every_promise_is_kept(text: list[str], capsys: pytest.CaptureFixture[st
 def test_a_wrong_step_is_noticed(
     text: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = torch_la.recurrent_step
-    monkeypatch.setattr(torch_la, "recurrent_step", lambda *x, **y: 1.01 * right(*x, **y) + 1e-2)
+    right = functions.recurrent_step
+    monkeypatch.setattr(functions, "recurrent_step", lambda *x, **y: 1.01 * right(*x, **y) + 1e-2)
     assert main(RUN + text) == 1
     assert "BROKEN: logits" in capsys.readouterr().out
 
 
 def test_a_state_that_is_not_updated_is_noticed(text: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch_la.recurrent_step
+    right = functions.recurrent_step
     monkeypatch.setattr(
-        torch_la, "recurrent_step", lambda q, k, v, state, g, **y: right(q, k, v, state.clone(), g, **y)
+        functions, "recurrent_step", lambda q, k, v, state, g, **y: right(q, k, v, state.clone(), g, **y)
     )
     assert main(RUN + text) == 1
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import torch_la
+from . import functions
 
 BYTES = 256
 BATCH, LENGTH = 16, 256  # sequences in a step, bytes in a sequence
@@ -61,13 +61,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """All tokens at once: x [B, T, D]. For training."""
         q, k, v, g = self.inputs(x)
-        o, _ = torch_la.chunk(q, k, v, g, scale=1.0)
+        o, _ = functions.chunk(q, k, v, g, scale=1.0)
         return self.out(self.norm(o).flatten(-2))
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """One token: x [B, D]. `state` [B, H, K, K] is all that is kept of those before, and is updated in place."""
         q, k, v, g = self.inputs(x)
-        o = torch_la.recurrent_step(q, k, v, state, g, scale=1.0)
+        o = functions.recurrent_step(q, k, v, state, g, scale=1.0)
         return self.out(self.norm(o).flatten(-2))
 
 

@@ -1,0 +1,238 @@
+"""Speed of Hugging Face models beside themselves: upstream, and with torch_la.integrations.transformers.
+
+    python tests/gpu/integrations.py [--device cpu|cuda] [--json OUT] [--match SUBSTRING] [--repeats 9]
+
+One module of each kind (lightning attention of MiniMax, the mixer of Mamba-2) and a small model around it, with random
+weights: a prompt without gradients, a training step (forward and backward), one token with the cache; eager, and the
+module compiled. Both sides run in turn in one process; a time is the best of the repeats. Before anything is timed the
+outputs of both are compared. float32 on the CPU, bfloat16 on CUDA. On CUDA also the peak of memory beyond what was
+allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from torch_la.integrations.transformers import accelerate
+
+SIZES: dict[str, dict[str, int]] = {
+    "cpu": {"width": 256, "layers": 2, "heads": 4, "batch": 1, "T": 2048},
+    "cuda": {"width": 2048, "layers": 4, "heads": 16, "batch": 2, "T": 8192},
+}
+LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # how far the two may differ, in the Euclidean norm
+
+
+def minimax(width: int, layers: int, heads: int, **_: int) -> tuple[nn.Module, str]:
+    config = transformers.MiniMaxConfig(
+        vocab_size=512,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        num_local_experts=2,
+        layer_types=["full_attention"] + ["linear_attention"] * (layers - 1),
+    )
+    return transformers.MiniMaxForCausalLM(config), "model.layers.1.self_attn"
+
+
+def mamba2(width: int, layers: int, heads: int, **_: int) -> tuple[nn.Module, str]:
+    config = transformers.Mamba2Config(
+        vocab_size=512,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_heads=2 * width // 64,
+        head_dim=64,
+        n_groups=1,
+        state_size=128,
+    )
+    return transformers.Mamba2ForCausalLM(config), "backbone.layers.0.mixer"
+
+
+class Bench:
+    def __init__(self, device: str, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.rows: list[dict[str, Any]] = []
+
+    def once(self, run: Callable[[], Any]) -> float:
+        """Milliseconds of one call."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    def extra(self, run: Callable[[], Any]) -> float | None:
+        """MiB that one call allocates at most."""
+        if self.device == "cpu":
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+    def compare(self, what: str, upstream: Callable[[], Tensor], ours: Callable[[], Tensor]) -> None:
+        """Times both, in turn. Each first runs once: that compiles, and gives the outputs to compare."""
+        first = [self.once(upstream), self.once(ours)]
+        want, got = upstream().detach().double(), ours().detach().double()
+        error = ((got - want).norm() / want.norm()).item()
+        if not error <= LIMIT[self.dtype]:
+            raise AssertionError(f"{what}: outputs differ by {error:.1e} of their norm")
+        times: list[list[float]] = [[], []]
+        for _ in range(self.repeats):
+            for taken, run in zip(times, (upstream, ours), strict=True):
+                taken.append(self.once(run))
+        upstream_ms, ours_ms = map(min, times)
+        row: dict[str, Any] = {"what": what, "upstream_ms": round(upstream_ms, 3), "torch_la_ms": round(ours_ms, 3)}
+        row["ratio"] = round(upstream_ms / ours_ms, 2)
+        row["first_upstream_s"], row["first_torch_la_s"] = (round(x / 1e3, 2) for x in first)
+        row["difference"] = float(f"{error:.1e}")
+        memory = [self.extra(upstream), self.extra(ours)]
+        if memory[0] is not None:
+            row["extra_upstream_mib"], row["extra_torch_la_mib"] = memory
+        self.rows.append(row)
+        print(
+            f"{what:44s} {upstream_ms:9.2f} ms upstream {ours_ms:9.2f} ms torch_la  {row['ratio']:6.2f}x   "
+            f"difference {error:.0e}   first {row['first_upstream_s']} s, {row['first_torch_la_s']} s",
+            flush=True,
+        )
+
+
+def pair(
+    build: Callable[..., tuple[nn.Module, str]], bench: Bench, size: dict[str, int]
+) -> tuple[list[nn.Module], str]:
+    """The same model twice, the second accelerated."""
+    torch.manual_seed(0)
+    upstream, path = build(**size)
+    ours, _ = build(**size)
+    ours.load_state_dict(upstream.state_dict())
+    models = [m.to(bench.device, bench.dtype).eval() for m in (upstream, ours)]
+    accelerate(models[1])
+    return models, path
+
+
+def module_passes(name: str, modules: list[nn.Module], bench: Bench, size: dict[str, int]) -> None:
+    shape = (size["batch"], size["T"], size["width"])
+    x = torch.randn(shape, device=bench.device, dtype=bench.dtype)
+
+    def call(module: Callable[..., Any], x: Tensor) -> Tensor:
+        out = module(x, None, None) if "minimax" in name else module(x)
+        return out[0] if isinstance(out, tuple) else out
+
+    def prompt(module: Callable[..., Any]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return call(module, x)
+
+        return run
+
+    def training(module: Callable[..., Any]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            leaf = x.detach().requires_grad_()
+            call(module, leaf).float().square().mean().backward()
+            assert leaf.grad is not None
+            return leaf.grad
+
+        return run
+
+    for compiled in (False, True):
+        pieces = [torch.compile(m, fullgraph=True) for m in modules] if compiled else modules
+        how = "compiled" if compiled else "eager"
+        bench.compare(f"{name} module, prompt, {how}", *(prompt(m) for m in pieces))
+        bench.compare(f"{name} module, training step, {how}", *(training(m) for m in pieces))
+
+
+def model_passes(name: str, models: list[nn.Module], bench: Bench, size: dict[str, int]) -> None:
+    ids = torch.randint(0, 512, (size["batch"], size["T"]), device=bench.device)
+
+    def prompt(model: nn.Module) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return model(ids, use_cache=False).logits
+
+        return run
+
+    def training(model: nn.Module) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            model.zero_grad()
+            logits = model(ids, use_cache=False).logits
+            logits.float().square().mean().backward()
+            return logits
+
+        return run
+
+    def token(model: nn.Module) -> Callable[[], Tensor]:
+        """One more token each time, after a prompt of 64; a fresh cache for each comparison of outputs."""
+        with torch.no_grad():
+            out = model(ids[:, :64], use_cache=True)
+        cache = {key: out[key] for key in ("past_key_values", "cache_params") if key in out}
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return model(ids[:, 64:65], use_cache=True, **cache).logits
+
+        return run
+
+    bench.compare(f"{name} model, prompt", *map(prompt, models))
+    bench.compare(f"{name} model, training step", *map(training, models))
+    bench.compare(f"{name} model, one token", *map(token, models))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=SIZES)
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--match", default="", help="only what has this in its name, such as minimax")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--machine", help="how the record names the machine")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    size = SIZES[options.device]
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    bench = Bench(options.device, options.repeats)
+    for build in (minimax, mamba2):
+        if options.match not in build.__name__:
+            continue
+        models, path = pair(build, bench, size)
+        module_passes(build.__name__, [m.get_submodule(path) for m in models], bench, size)
+        model_passes(build.__name__, models, bench, size)
+        del models
+    machine = options.machine or (torch.cuda.get_device_name() if options.device == "cuda" else "x86 CPU, one thread")
+    record = {
+        "what": "milliseconds, best of the repeats; ratio is upstream over torch_la",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "repeats": options.repeats,
+        **size,
+        "rows": bench.rows,
+    }
+    text = json.dumps(record, indent=1)
+    if options.json:
+        options.json.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
