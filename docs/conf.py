@@ -22,13 +22,17 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 # Types of other projects, which have no page here.
-nitpick_ignore_regex = [("py:.*", re.escape(name) + ".*") for name in ("Tensor", "torch", "argparse", "Any")]
+_elsewhere = ("Tensor", "torch", "argparse", "Any", "collections.abc")
+nitpick_ignore_regex = [("py:.*", re.escape(name) + ".*") for name in _elsewhere]
 
 # Numbers come from the records, so that no page can quote an older one.
 
 
+_RECORDS = Path(__file__).parent / "records"
+
+
 def _record(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "records" / f"{name}.json").read_text())
+    return json.loads((_RECORDS / f"{name}.json").read_text())
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -69,16 +73,99 @@ def _findings(record: dict) -> str:
     return _table(["width", *tools], [[str(r["width"]), *(str(r[t]) for t in tools)] for r in record["findings"]])
 
 
+def _layout(record: dict) -> str:
+    names = list(record["table"]["no tag"])
+    rows = [
+        [f"`{tag}`" if "_" in tag else tag, *(f"{found[n]['inductor']:.0f} + {found[n]['kernel']}" for n in names)]
+        for tag, found in record["table"].items()
+    ]
+    return _table(["tag", *names], rows)
+
+
+def _releases(record: dict) -> str:
+    releases = list(record["releases"].values())
+    parts = list(releases[0]["rows"])
+    rows = [[f"`test_{p}.py`", *("{passed} of {of}".format(**r["rows"][p]) for r in releases)] for p in parts]
+    return _table(["", *(f"{r['torch']}, Python {r['python']}, {r['date']}" for r in releases)], rows)
+
+
+def _contract(record: dict, *parts: str) -> str:
+    """One line for each check. What a check could not do stands in its message."""
+    rows = []
+    for r in record["rows"]:
+        if r["part"] in parts and "forward" not in r:
+            skipped = ("part", "what", "ok", "took", "problem", "call", "reasons")
+            numbers = [f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items() if k not in skipped]
+            reasons = [
+                line.replace("|", " ") for line in (r.get("problem", "").splitlines() or r.get("reasons", []))[:1]
+            ]
+            rows.append([f"{r['part']}: {r['what']}", "yes" if r["ok"] else "no", "; ".join([*numbers, *reasons])])
+    return _table(["", "as promised", ""], rows)
+
+
+def _host(record: dict) -> str:
+    columns = ("forward", "forward_recorded", "both")
+    rows = [
+        [r["what"], *(f"{r[c]['issued_us']:.0f}" if c in r else "" for c in columns)]
+        for r in record["rows"]
+        if "forward" in r
+    ]
+    return _table(["", "forward", "forward, recorded for a gradient", "forward and backward"], rows)
+
+
+def _training(record: dict) -> str:
+    rows = []
+    for r in record["results"]:
+        if "problem" in r:
+            rows.append([r["run"], r["problem"].splitlines()[0], *[""] * 5])
+            continue
+        cells = [f"{r['step_ms']:.1f}", f"{r['tokens_per_second'] / 1000:.0f}k", f"{r['first_step_s']:.1f}"]
+        rows.append([r["run"], *cells, str(r["graph_breaks"]), f"{r['peak_gib']:.1f}", f"{r['final_loss']:.3f}"])
+    head = ["", "step, ms", "tokens/s", "first step, s", "graph breaks", "peak memory, GiB", "loss, bits per byte"]
+    config = record["config"]
+    what = (
+        f"{record['device']}, torch {record['torch']}, {record['date']}; {config['steps']} steps of {config['batch']} x"
+    )
+    what += f" {config['length']} tokens. The loss curves, averaged over 10 steps, are never further apart than"
+    what += f" {record['curves_apart']:.4f} bits per byte."
+    image = "![loss curves and step times](_static/training.svg)"
+    return "\n\n".join([what, _table(head, rows), image])
+
+
+def _compile() -> dict:
+    """The tables of the page `compile`. Records of runs on a GPU may be missing from a checkout."""
+    layout, versions = _record("compile_layout"), _record("compile_versions")
+    found = {"layout": _layout(layout), "layout_torch": layout["torch"]}
+    found |= {"versions": _releases(versions)}
+    found |= dict.fromkeys(("gpu_machine", "gpu", "host", "peer", "training"), "*Not run yet.*")
+    if (_RECORDS / "compile_gpu.json").exists():
+        gpu = _record("compile_gpu")
+        found["gpu_machine"] = (
+            f"{gpu['device']}, torch {gpu['torch']}, {gpu['date']}. Again: `python tests/gpu/contract.py`."
+        )
+        found["gpu"] = _contract(gpu, "modes", "packed", "decode", "batched", "aoti", "code")
+        found["host"], found["peer"] = _host(gpu), _contract(gpu, "peer")
+    if (_RECORDS / "training.json").exists():
+        found["training"] = _training(_record("training"))
+    return found
+
+
 _overhead = _record("overhead")
 _calls = ["call", "forward", "forward, recorded for a gradient", "forward and backward"]
 _columns = ["forward", "forward_recorded", "forward_and_backward"]
 _overhead_rows = [[row["call"], *(f"{row[column]:.1f}" for column in _columns)] for row in _overhead["table"]]
+_models = _record("transformers_cpu")
+_models_rows = [
+    [r["what"], f"{r['upstream_ms']:.1f}", f"{r['torch_la_ms']:.1f}", f"{r['ratio']:.2f}"] for r in _models["rows"]
+]
 _gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer")}
 _stack = _record("stack")
 _spills = [[*name.rsplit(" ", 1), str(size)] for name, size in _stack["stack_bytes"].items() if size]
 _tables = {"cases": _worst, "timing": _timing, "sanitizer": _findings}
 myst_substitutions = {
+    "compile": _compile(),
     "overhead": {**_overhead, "table": _table(_calls, _overhead_rows)},
+    "models": {**_models, "table": _table(["", "upstream, ms", "torch_la, ms", "ratio"], _models_rows)},
     "stack": {**_stack, "table": _table(["case", "kernel", "stack, bytes"], _spills)},
     "gpu": {name: {**r, "table": _tables[name](r) if name in _tables else ""} for name, r in _gpu.items()},
 }

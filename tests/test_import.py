@@ -27,6 +27,7 @@ def run(code: str, *arguments: str) -> str:
         "torch.utils.flop_counter",
         "torch_la.ops.kernels.launch",
         "torch_la.ops.sharding",
+        "torch_la.nn",
         "sympy",
         "numpy.testing",
     ],

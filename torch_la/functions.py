@@ -144,25 +144,34 @@ def linear_attention(
     """Causal linear attention by the operator that suits the shapes.
 
     The rule reads shapes alone, so it traces: `recurrent` for at most 8 tokens; `fused_chunk` where
-    N * HV * ceil(V / 64), the walks that run at once, is at least 128; else `chunk`.
+    N * HV * ceil(V / 64), the walks that run at once, is at least 128; else `chunk`. While tracing with dynamic sizes,
+    `chunk` too wherever they would decide.
     """
-    tokens: Any = q.shape[1] if isinstance(q, Tensor) and q.ndim == 4 else 0
-    operator: Any = ops.recurrent.operator
-    if not _at_most(tokens, RECURRENT_TOKENS):
-        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        heads, width = (v.shape[2], v.shape[3]) if isinstance(v, Tensor) and v.ndim == 4 else (1, 1)
-        filling = not _at_most(rows * heads * ((width + 63) // 64), FILLING_PROGRAMS - 1)
-        operator = ops.fused_chunk.operator if filling else ops.chunk.operator
+    operator = select(q, v, cu_seqlens)
     return operator(q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
 
 
-def _at_most(size: Any, bound: int) -> bool:
-    """size <= bound; a size that only the data will tell counts as large."""
-    if isinstance(size, int):
-        return size <= bound
-    from torch.fx.experimental.symbolic_shapes import guard_or_false
+def select(q: Any, v: Any, cu_seqlens: Any) -> Any:
+    """The operator that `linear_attention` calls; any of them for arguments that all refuse."""
+    tokens = q.shape[1] if isinstance(q, Tensor) and q.ndim == 4 else 0
+    if _surely(tokens <= RECURRENT_TOKENS):
+        return ops.recurrent.operator
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    heads, width = (v.shape[2], v.shape[3]) if isinstance(v, Tensor) and v.ndim == 4 else (1, 1)
+    filling = _surely(rows * heads * ((width + 63) // 64) >= FILLING_PROGRAMS)
+    return ops.fused_chunk.operator if filling else ops.chunk.operator
 
-    return bool(guard_or_false(size <= bound))
+
+def _surely(condition: Any) -> bool:
+    """Does it hold whatever the sizes that are still symbolic? A guard instead would split a dynamic length in two.
+
+    `chunk` is then the answer, and a good one: on a GPU it cuts sequences into segments only where that is needed.
+    """
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():  # Dynamo takes a symbolic bool for one
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def recurrent_step(
