@@ -48,10 +48,8 @@ def _worst(cases: dict) -> str:
     rows = []
     for dtype, name in names.items():
         these = [case for case in cases["cases"] if case["case"].split()[1] == dtype]
-        # float16 with every gate at -20: see the page
-        kept = [case for case in these if not (dtype == "fp16" and " strong" in case["case"])]
-        limit = min(case["limit"] for case in these)
-        worst = (max(case["errors"].get(q, 0) for case in kept) for q in quantities)
+        limit = min(case["limit"] for case in these if "limit" in case)
+        worst = (max(case.get("errors", {}).get(q, 0) for case in these) for q in quantities)
         rows.append([f"{name} (at most {limit:.0e})", str(len(these)), *(f"{x:.1e}" for x in worst)])
     return _table(["", "cases", *quantities.values()], rows)
 
@@ -158,7 +156,9 @@ _models = _record("transformers_cpu")
 _models_rows = [
     [r["what"], f"{r['upstream_ms']:.1f}", f"{r['torch_la_ms']:.1f}", f"{r['ratio']:.2f}"] for r in _models["rows"]
 ]
-_gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer")}
+_gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer", "pytest")}
+_gpu["cases"] |= {"count": len(_gpu["cases"]["cases"]), "wrong": sum(not c["ok"] for c in _gpu["cases"]["cases"])}
+_gpu["pytest"] |= {"passed": sum(f["passed"] for f in _gpu["pytest"]["files"]), "wrong": len(_gpu["pytest"]["failed"])}
 _stack = _record("stack")
 _spills = [[*name.rsplit(" ", 1), str(size)] for name, size in _stack["stack_bytes"].items() if size]
 _tables = {"cases": _worst, "timing": _timing, "sanitizer": _findings}

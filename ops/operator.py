@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import derivatives, late, private, rules
+from . import cache_key, derivatives, late, private, rules
 
 NAMESPACE = "la"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
+cache_key.mark(NAMESPACE)
 
 FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? initial_state, bool output_final_state, "
@@ -44,8 +45,11 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 
 
 def define(name: str, schema: str) -> torch._ops.OpOverload:
-    """Adds an operator to the namespace. `Autograd`, fakes and the rest are registered by name afterwards."""
-    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    """Adds an operator to the namespace. `Autograd`, fakes and the rest are registered by name afterwards.
+
+    Compiled graphs hand it the strides that eager code would: slices of a packed projection, uncopied (docs/compile).
+    """
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -171,7 +175,13 @@ def _formula(operator: Operator) -> Kernel:
         if do is None:
             do = v.new_zeros(v.shape)
         gate_grad = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        dq, dk, dv, dg, dg_gamma, dS0 = operator.backward(
+        run: Kernel = operator.backward
+        # Here too a plain eager call goes around the dispatcher; gradients of gradients are for it to record.
+        eager = private.AVAILABLE and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        tensors = (q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state)
+        if eager and plain(*tensors) and not any(x is not None and private.inside_transform(x) for x in tensors):
+            run = operator.backward_kernels.get(q.device.type, run)
+        dq, dk, dv, dg, dg_gamma, dS0 = run(
             q, k, v, g, g_gamma, initial_state, cu_seqlens, scale, normalize, reverse, o, do, dfinal_state, gate_grad
         )
         return dq, dk, dv, dg, dg_gamma, dS0, None, None, None, None, None
@@ -183,6 +193,8 @@ def _forward_function(operator: Operator, run: Kernel) -> Any:
     """The forward operator as a differentiable function around `run`."""
 
     class LinearAttention(private.SingleLevelFunction):
+        _compiled_autograd_key = staticmethod(private.compiled_autograd_key)
+
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Forward:
             output: Forward = run(*inputs)
@@ -212,6 +224,8 @@ def _backward_function(operator: Operator, run: Kernel) -> Any:
     """The backward operator as a function with a reverse mode: double backward."""
 
     class LinearAttentionBackward(private.SingleLevelFunction):
+        _compiled_autograd_key = staticmethod(private.compiled_autograd_key)
+
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Gradients:
             output: Gradients = run(*inputs)
@@ -307,14 +321,14 @@ class Operator:
     def __init__(self, name: str, forward: dict[str, Kernel], backward: dict[str, Kernel], chunk: int) -> None:
         self.name = name
         self.kernels = {device: _checked_forward(kernel) for device, kernel in forward.items()}
-        backward = {device: _checked_backward(kernel) for device, kernel in backward.items()}
+        self.backward_kernels = {device: _checked_backward(kernel) for device, kernel in backward.items()}
         self.forward = define(name, FORWARD)
         self.backward = define(f"{name}_backward", BACKWARD)
 
         guard = (lambda kernel: kernel) if private.AVAILABLE else _no_forward_mode
         for op, kernels, fake, axes in (
             (self.forward, self.kernels, _fake_forward, rules.FORWARD_AXES),
-            (self.backward, backward, _fake_backward, rules.BACKWARD_AXES),
+            (self.backward, self.backward_kernels, _fake_backward, rules.BACKWARD_AXES),
         ):
             path = op._schema.name
             for device, kernel in kernels.items():

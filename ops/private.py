@@ -35,6 +35,8 @@ else:
 
 # The base class of torch.autograd.Function: it runs at one functorch level, and so may sit inside a dispatcher key.
 SingleLevelFunction: Any = _find("autograd.function._SingleLevelFunction")
+# What compiled autograd tells two such functions apart by; torch.autograd.Function has it, its base class does not.
+compiled_autograd_key: Any = _find("autograd.Function._compiled_autograd_key")
 # Guards that send a call to the kernels below the autograd, or the autocast, key.
 below_autograd: Any = _find("_C._AutoDispatchBelowAutograd")
 exclude_keys: Any = _find("_C._ExcludeDispatchKeyGuard")
@@ -42,7 +44,10 @@ exclude_keys: Any = _find("_C._ExcludeDispatchKeyGuard")
 transforms_active: Any = _find("_C._are_functorch_transforms_active")
 _transform_stack: Any = _find("_C._functorch.get_interpreter_stack")
 any_requires_grad: Any = _find("_C._any_requires_grad")
-# The two ends of the older vmap's tensors.
+# Is this a tensor inside a torch.func transform?
+_wrapped: Any = _find("_C._functorch.is_functorch_wrapped_tensor")
+# The older vmap: is this one of its tensors, and their two ends.
+legacy_batched: Any = _find("_C._functorch.is_legacy_batchedtensor")
 add_batch_dim: Any = _find("_add_batch_dim")
 remove_batch_dim: Any = _find("_remove_batch_dim")
 # Turns forward mode back on inside a Function's forward.
@@ -61,6 +66,12 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def inside_transform(x: torch.Tensor) -> bool:
+    """Does a transform wrap this tensor? It may do so where none is running: in autograd's own thread, or in a graph
+    that is walked after the transform returned."""
+    return _wrapped(x) or legacy_batched(x)
+
+
 def transforms_nested() -> bool:
     """Do torch.func transforms run inside one another?"""
     stack = _transform_stack()
@@ -68,10 +79,14 @@ def transforms_nested() -> bool:
 
 
 def vmap_level() -> int:
-    """The level of the innermost vmap of the older kind, which has no name of its own to ask for."""
+    """The level of the innermost vmap of the older kind, which has no name of its own to ask for.
+
+    The count belongs to a thread. Autograd runs the backward on a GPU in a thread of its own, where it is 0: the level
+    is then taken to be the first.
+    """
     level = torch._C._vmapmode_increment_nesting()
     torch._C._vmapmode_decrement_nesting()
-    return level - 1
+    return max(level - 1, 1)
 
 
 def any_tangent(*inputs: Any) -> bool:

@@ -1,11 +1,14 @@
-"""torch.compile(fullgraph=True): forward, backward, transforms; equal to eager; no recompilation for other lengths."""
+"""torch.compile(fullgraph=True): forward, backward, modes, transforms, checkpointing, lengths; equal to eager."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import torch_la
 from cases import INPUTS, NAMES, OPERATORS, Case, close, norm
@@ -183,18 +186,96 @@ def test_mistakes_surface_while_tracing_with_their_message(name: str, device: st
         compiled(mistake)
 
 
+class All(torch.nn.Module):
+    """Every operator in one graph; the step writes a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(2, BASE.HV, BASE.K, BASE.V))
+
+    def forward(self, x: dict[str, Any]) -> tuple[Tensor, ...]:
+        outputs = [y.sigmoid() for op in OPERATORS.values() for y in op(**{**x, "q": x["q"] * 1.5})]
+        tokens = {n: x[n][:, 0].detach() for n in ("q", "k", "v", "g")}
+        return *outputs, torch_la.recurrent_step(**tokens, state=self.state) * 2
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes(mode: str, device: str) -> None:
+    """Called often enough to record a CUDA graph and to replay it. That it is replayed: tests/gpu/contract.py."""
+    eager, other = All().to(device), All().to(device)
+    compiled = torch.compile(other, fullgraph=True, mode=mode)
+    for i in range(4):
+        x = BASE.but(seed=i).arguments(device, grad=True)
+        got, want = [], []
+        torch.compiler.cudagraph_mark_step_begin()
+        for run, found in ((compiled, got), (eager, want)):
+            outputs = run(x)
+            inputs = [x[n] for n in INPUTS if x[n] is not None]
+            gradients = torch.autograd.grad(sum(y.sin().sum() for y in outputs[:-1]), inputs)
+            found.extend(y.clone() for y in (*outputs, *gradients))
+        equal(got, want, 1e-5)
+    close(other.state, eager.state, 1e-5)
+
+
+@pytest.mark.parametrize(("policy", "again"), [("MUST_SAVE", 0), ("PREFER_RECOMPUTE", 1), (None, 1)])
 @every_op
-def test_export(name: str, device: str) -> None:
-    class Module(torch.nn.Module):
-        def forward(self, x: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            return OPERATORS[name](**x, output_final_state=True)
+def test_checkpointing(name: str, policy: str | None, again: int, device: str) -> None:
+    """Selective and full: the compiled backward holds the forward operator only where it was to be run again."""
+    op = getattr(torch.ops.la, name).default
+    x = BASE.but(normalize=True).arguments(device, grad=True)
 
-    def inputs(T: int) -> dict[str, Tensor]:
-        x = BASE.but(T=T).arguments(device)
-        return {n: x[n] for n in ("q", "k", "v", "g", "initial_state")}
+    def layer(q: Tensor, v: Tensor) -> Tensor:
+        return OPERATORS[name](**{**x, "q": q.exp(), "v": v.sin()})[0].sigmoid()
 
-    time = torch.export.Dim("time", min=2, max=4096)
-    shapes = {n: {1: time} if n in "qkvg" else {} for n in inputs(2)}
-    program = torch.export.export(Module(), (inputs(70),), dynamic_shapes=(shapes,))
-    assert f"la.{name}.default" in str(program.graph)
-    equal(list(program.module()(inputs(99))), list(OPERATORS[name](**inputs(99), output_final_state=True)), 1e-6)
+    def decide(ctx: Any, called: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return getattr(CheckpointPolicy, policy) if called == op else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, decide)} if policy else {}
+
+    def run(q: Tensor, v: Tensor) -> Tensor:
+        return checkpoint(layer, q, v, use_reentrant=False, **contexts)
+
+    backend = AotEagerAndRecordGraphs()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    leaves = (x["q"], x["v"])
+    got = torch.autograd.grad(compiled(*leaves).sum(), leaves)
+    want = torch.autograd.grad(layer(*leaves).sum(), leaves)
+    equal([*got], [*want], 1e-5)
+    called = [[node.target for node in graph.graph.nodes] for graph in (backend.fw_graphs[0], backend.bw_graphs[0])]
+    assert [targets.count(op) for targets in called] == [1, again]
+
+
+@every_op
+def test_per_sample_gradients(name: str, device: str) -> None:
+    """Of the weights of a layer: vmap(grad(functional_call)), compiled."""
+    layer = torch.nn.Linear(6, 3 * 2 * 4).to(device)
+    xs = torch.randn(5, 1, 7, 6, device=device)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        q, k, v = torch.func.functional_call(layer, weights, (x,)).unflatten(-1, (3, 2, 4)).unbind(-3)
+        return OPERATORS[name](q, k, v)[0].sin().sum()
+
+    weights = dict(layer.named_parameters())
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    got = torch.compile(per_sample, fullgraph=True, backend="aot_eager")(weights, xs)
+    for i, x in enumerate(xs):
+        for n, want in zip(weights, torch.autograd.grad(loss(weights, x), [*weights.values()]), strict=True):
+            assert norm(want) > 0
+            close(got[n][i], want, 1e-5)
+
+
+@pytest.mark.parametrize("forward", ["eager", "compiled"])
+@every_op
+def test_compiled_autograd(name: str, forward: str, device: str) -> None:
+    """The whole backward as one graph, whether or not the forward was compiled."""
+    x = BASE.but(normalize=True).arguments(device, grad=True)
+    run = model(OPERATORS[name])
+    if forward == "compiled":
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiler = torch.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        sum(y.sin().sum() for y in run(x)).backward()
+    leaves = [x[n] for n in INPUTS if x[n] is not None]
+    got = [y.grad for y in leaves]
+    want = torch.autograd.grad(sum(y.sin().sum() for y in model(OPERATORS[name])(x)), leaves)
+    equal(got, [*want], 1e-5)

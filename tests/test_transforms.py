@@ -1,5 +1,6 @@
 """What else asks the operators: autocast, FLOP counter, activation checkpointing, inference mode, the eager bypass."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,6 +113,30 @@ def test_autocast_and_double_backward(name: str, device: str) -> None:
     for a, b in zip(inside, outside, strict=True):
         assert norm(b) > 0
         close(a, b, 1e-6)
+
+
+@every_op
+def test_kernels_never_meet_a_wrapped_tensor(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of gradients come from `torch.func`, whose tensors have no memory that a kernel could read."""
+    operator = getattr(ops, name).operator
+    called = []
+
+    def watched(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            called.append(name)
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            assert not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+            return kernel(*inputs)
+
+        return run
+
+    monkeypatch.setitem(operator.backward_kernels, device, watched(operator.backward_kernels[device]))
+    x = GATED.but(T=5).arguments(device, grad=True)
+    leaves = [x[n] for n in ("q", "k", "v", "g", "initial_state")]
+    first = torch.autograd.grad(OPERATORS[name](**x)[0].sin().sum(), leaves)
+    assert called
+    first = torch.autograd.grad(OPERATORS[name](**x)[0].sin().sum(), leaves, create_graph=True)
+    torch.autograd.grad(sum(y.sin().sum() for y in first), leaves)
 
 
 @every_op
@@ -370,6 +395,7 @@ def test_the_profiler_sees_the_operator(name: str, device: str) -> None:
 @all_ops
 def test_plain_calls_go_around_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """That is why they are quick; every test above would pass without it."""
+    importlib.import_module("torch.distributed.tensor")  # its rules are registered before the operators are replaced
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the dispatcher was asked")
@@ -379,7 +405,14 @@ def test_plain_calls_go_around_the_dispatcher(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(owner, attribute, refuse)
     call(name, GATED.arguments())
     if not step:
-        call(name, GATED.arguments(grad=True))
+        monkeypatch.setattr(owner, "backward", refuse)
+        x = GATED.arguments(grad=True)
+        call(name, x).sum().backward()
+        with pytest.raises(AssertionError, match="the dispatcher was asked"):  # a graph of the backward is wanted
+            torch.autograd.grad(call(name, x).sum(), x["q"], create_graph=True)
+        loss = call(name, x).sum()
+        with pytest.raises(AssertionError, match="the dispatcher was asked"), Seen():  # somebody watches
+            loss.backward()
     with pytest.raises(AssertionError, match="the dispatcher was asked"), Seen():
         call(name, GATED.arguments())
 

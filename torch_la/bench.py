@@ -1,14 +1,12 @@
 """`python -m torch_la bench`: this library and its peers, in one process and one run.
 
-For every shape and kind of gate it times the forward, and the forward with its backward, of each provider that
-imports: the operators of this library, flash-linear-attention, Mamba-2's SSD, softmax attention, and the chunked form
-in plain PyTorch, eager and compiled. It prints a line for each: median milliseconds, times the memory floor, peak extra
-memory, and the first call, which compiles and tunes. Times on shared machines are noisy: compare within one run, as
-ratios.
+For every shape, kind of decay and mode (forward, forward and backward; for one token: under a CUDA graph and eager) it
+times the operator that `linear_attention` picks and every peer that imports, and prints a line for each. With
+`--ops all` it times each operator, and prints where the rule of `linear_attention` is wrong by more than 10%. The
+record is written after every line, so a run that is stopped keeps its lines. With record files as arguments nothing is
+measured: they are merged, printed and drawn.
 
-The floor is the time that the bytes which must move take at the copy bandwidth measured in the same run. Forward: q, k,
-v and the gates are read, o is written. With the backward: q, k, v, the gates and do are read again, and dq, dk, dv and
-the gradients of the gates written.
+Times on shared machines are noisy: compare within one run, as ratios. The columns are explained in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -16,188 +14,36 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import importlib.metadata
 import json
+import os
 import platform
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import functions
+from .bench_calls import GATES, OPS, PEERS, SHAPES, Call, Inputs, Shape, Unsupported, difference, floors, make
+from .bench_calls import ours as our_call
+from .bench_calls import picked as our_pick
 
-Run = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    B: int
-    T: int
-    H: int
-    K: int
-    V: int
-    HV: int
-    lengths: tuple[int, ...] | None = None  # of packed sequences; then B = 1
-
-    def __str__(self) -> str:
-        heads = f"H{self.H}" if self.H == self.HV else f"H{self.H}/{self.HV}"
-        width = f"D{self.K}" if self.K == self.V else f"K{self.K} V{self.V}"
-        packed = f" in {len(self.lengths)} sequences" if self.lengths else ""
-        return f"B{self.B} T{self.T} {heads} {width}{packed}"
-
-
-def _square(B: int, T: int, H: int, D: int) -> Shape:
-    return Shape(B, T, H, D, D, H)
-
-
-# 64 sequences of 64 to 8192 tokens in 65,536: 56 short ones, 8 long ones
-_LENGTHS = tuple([64] * 28 + [512] * 28 + [8192, 8192, 8192, 8192, 6144, 4096, 4096, 2304])
-
-SHAPES = {
-    "cuda": [
-        _square(8, 4096, 16, 128),
-        _square(32, 2048, 8, 64),
-        _square(1, 32768, 32, 128),
-        _square(1, 131072, 4, 128),
-        _square(4, 4096, 8, 256),
-        _square(8, 2048, 32, 256),
-        _square(1, 8192, 96, 128),
-        _square(4, 2048, 16, 128),
-        _square(8, 1024, 8, 64),
-        Shape(1, sum(_LENGTHS), 16, 128, 128, 16, _LENGTHS),
-        Shape(8, 4096, 8, 128, 256, 8),
-        Shape(8, 4096, 4, 128, 128, 32),
-    ],
-    "cpu": [_square(1, 512, 8, 64), _square(1, 4096, 8, 64), _square(1, 16384, 8, 64)],
+Row = dict[str, Any]
+DEFAULT_PEERS = {
+    "cuda": [name for name in PEERS if not name.startswith("naive")],
+    "cpu": ["softmax", "naive", "naive_compiled"],
 }
-GATES = ("none", "g", "gamma", "normalize")
-
-
-@dataclass
-class Inputs:
-    shape: Shape
-    gate: str
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    do: Tensor
-    g: Tensor | None
-    g_gamma: Tensor | None
-    cu_seqlens: Tensor | None
-
-    def leaves(self) -> list[Tensor]:
-        return [x for x in (self.q, self.k, self.v, self.g) if x is not None]
-
-
-def make(shape: Shape, gate: str, device: str, dtype: torch.dtype) -> Inputs:
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, device=device).to(dtype)
-
-    B, T = shape.B, shape.T
-    q, k = draw(B, T, shape.H, shape.K), draw(B, T, shape.H, shape.K)
-    if gate == "normalize":
-        q, k = q.abs(), k.abs()
-    g = g_gamma = cu = None
-    if gate == "g":
-        g = torch.nn.functional.logsigmoid(torch.randn(B, T, shape.HV, device=device)) / 16
-    if gate == "gamma":
-        g_gamma = -torch.rand(shape.HV, device=device) / 16
-    if shape.lengths:
-        cu = torch.tensor([0, *shape.lengths], device=device).cumsum(0).to(torch.int32)
-    v, do = draw(B, T, shape.HV, shape.V), draw(B, T, shape.HV, shape.V)
-    inputs = Inputs(shape, gate, q, k, v, do, g, g_gamma, cu)
-    for x in inputs.leaves():
-        x.requires_grad_()
-    return inputs
-
-
-# ------------------------------------------------------------------------------------------------------------ providers
-
-
-def _ours(name: str) -> Callable[[Inputs], Run]:
-    def build(x: Inputs) -> Run:
-        op = getattr(functions, name)
-        options = {"cu_seqlens": x.cu_seqlens, "normalize": x.gate == "normalize"}
-        return lambda: op(x.q, x.k, x.v, x.g, x.g_gamma, **options)[0]
-
-    return build
-
-
-def _fla(name: str) -> Callable[[Inputs], Run | None]:
-    """flash-linear-attention. With the normaliser its linear_attn functions, else simple_gla, which has the gates."""
-
-    def build(x: Inputs) -> Run | None:
-        if x.shape.H != x.shape.HV:
-            return None  # no grouped heads
-        if x.gate == "normalize":
-            linear = getattr(importlib.import_module("fla.ops.linear_attn"), f"{name}_linear_attn")
-            return lambda: linear(x.q, x.k, x.v, normalize=True, cu_seqlens=x.cu_seqlens)[0]
-        simple = getattr(importlib.import_module("fla.ops.simple_gla"), f"{name}_simple_gla")
-        return lambda: simple(x.q, x.k, x.v, g=x.g, g_gamma=x.g_gamma, cu_seqlens=x.cu_seqlens)[0]
-
-    return build
-
-
-def _mamba(x: Inputs) -> Run | None:
-    """Mamba-2: q = C, k = B, v = dt x, g = dt A, with dt = 1 where nothing varies by token."""
-    if x.gate == "normalize" or x.shape.lengths:
-        return None
-    ssd = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    A = torch.zeros(x.shape.HV, device=x.q.device) if x.g_gamma is None else x.g_gamma
-    dt = torch.ones(x.v.shape[:3], device=x.q.device, dtype=x.q.dtype)
-    if x.g is not None:  # a decay that varies by token comes in through dt; v would be divided by it beforehand
-        A, dt = -torch.ones(x.shape.HV, device=x.q.device), (-x.g.detach()).to(x.q.dtype).requires_grad_()
-    return lambda: ssd(x.v, dt, A, x.k, x.q, chunk_size=256)
-
-
-def _sdpa(x: Inputs) -> Run | None:
-    """Softmax attention: other mathematics, for scale."""
-    if x.gate != "none" or x.shape.lengths or x.shape.H != x.shape.HV or x.shape.T > 32768:
-        return None
-    attend = torch.nn.functional.scaled_dot_product_attention
-    q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
-    return lambda: attend(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def _naive_form(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The chunked form over the whole sequence at once, as one writes it first."""
-    B, T, H, K = q.shape
-    q, k, v = (x.transpose(1, 2).reshape(B, H, T // 64, 64, -1) for x in (q * K**-0.5, k, v))
-    local = k.mT @ v
-    before = local.cumsum(2) - local
-    return ((q @ k.mT).tril() @ v + q @ before).reshape(B, H, T, -1).transpose(1, 2)
-
-
-def _naive(form: Callable[..., Tensor]) -> Callable[[Inputs], Run | None]:
-    def build(x: Inputs) -> Run | None:
-        if x.gate != "none" or x.shape.lengths or x.shape.H != x.shape.HV or x.shape.T % 64 or x.shape.T > 32768:
-            return None
-        return lambda: form(x.q, x.k, x.v)
-
-    return build
-
-
-PROVIDERS: dict[str, Callable[[Inputs], Run | None]] = {
-    "chunk": _ours("chunk"),
-    "fused_chunk": _ours("fused_chunk"),
-    "fla chunk": _fla("chunk"),
-    "fla fused_chunk": _fla("fused_chunk"),
-    "mamba2": _mamba,
-    "softmax": _sdpa,
-    "naive": _naive(_naive_form),
-    "naive compiled": _naive(torch.compile(_naive_form, dynamic=False)),
-}
-OURS = ("chunk", "fused_chunk")
+OTHER_MATHEMATICS = ("softmax",)  # shown for scale; never "the best peer"
+CALLS_IN_A_GRAPH = 10
+WRONG = 1.1  # from here on the rule of `linear_attention` counts as wrong
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
 
 
-def _median(run: Callable[[], Any], device: str, seconds: float) -> float:
-    """Milliseconds."""
+def median_ms(run: Callable[[], Any], device: str, seconds: float) -> float:
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -205,157 +51,358 @@ def _median(run: Callable[[], Any], device: str, seconds: float) -> float:
     run()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
+    while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2] * 1e3
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a copy, counting bytes read and bytes written."""
+def host_ms(run: Callable[[], Any], device: str, seconds: float) -> float:
+    """What the host does for a call, while the device is never waited for."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(20):
+            run()
+        times.append((time.perf_counter() - start) / 20)
+    return sorted(times)[len(times) // 2] * 1e3
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _graph(run: Callable[[], Any]) -> Callable[[], None]:
+    """Ten calls in one CUDA graph, as the layers of a model are; a graph of one call would time its own launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_IN_A_GRAPH):
+            run()
+    return graph.replay
+
+
+def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """What this machine does, now: bytes per second of a copy (read and written), FLOPs per second of a product."""
     x = torch.empty(1 << (31 if device == "cuda" else 27), dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    return 2 * x.numel() / (_median(lambda: y.copy_(x), device, 0.2) * 1e-3)
+    bandwidth = 2 * x.numel() / median_ms(lambda: y.copy_(x), device, 0.2) * 1e3
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return {"bandwidth": bandwidth, "flops": 2 * n**3 / median_ms(lambda: a @ a, device, 0.2) * 1e3}
 
 
-def floors(x: Inputs) -> tuple[int, int]:
-    """Bytes that must move: forward, and forward with backward."""
-
-    def size(*tensors: Tensor | None) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-    inputs = size(x.q, x.k, x.v, x.g, x.g_gamma)
-    forward = inputs + size(x.do)
-    return forward, forward + inputs + size(x.do) + inputs
-
-
-def measure(run: Run, x: Inputs, device: str, seconds: float) -> dict[str, float]:
-    leaves = x.leaves()
+def measure(call: Call, mode: str, shape: Shape, device: str, seconds: float) -> Row:
+    """One row: median, first call, peak extra memory (on a GPU)."""
 
     def both() -> None:
-        for leaf in leaves:
+        for leaf in call.leaves:
             leaf.grad = None
-        run().backward(x.do)
+        call.run().backward(call.do)
 
-    def synchronize() -> None:
+    run = both if mode == "forward+backward" else call.run
+    with torch.set_grad_enabled(mode == "forward+backward"):
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        row: Row = {"first_s": time.perf_counter() - start}
         if device == "cuda":
-            torch.cuda.synchronize()
-
-    start = time.perf_counter()
-    both()
-    synchronize()
-    first = time.perf_counter() - start
-    memory = 0.0
-    if device == "cuda":
-        for leaf in leaves:
-            leaf.grad = None
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        both()
-        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.no_grad():
-        forward = _median(run, device, seconds)
-    return {"forward_ms": forward, "both_ms": _median(both, device, seconds), "memory_mib": memory, "first_s": first}
+            for leaf in call.leaves:
+                leaf.grad = None
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            row["memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        if mode == "graph":
+            row["ms"] = median_ms(_graph(run), device, seconds) / CALLS_IN_A_GRAPH
+        else:
+            row["ms"] = (host_ms if shape.kind == "host" else median_ms)(run, device, seconds)
+    return row
 
 
-def records(
-    shapes: list[Shape], gates: list[str], providers: list[str], device: str, dtype: torch.dtype, seconds: float
-) -> Iterator[dict[str, Any]]:
-    bandwidth = copy_bandwidth(device)
-    for shape in shapes:
-        for gate in gates:
-            x = make(shape, gate, device, dtype)
-            floor = [bytes_ / bandwidth * 1e3 for bytes_ in floors(x)]
-            for provider in providers:
-                record = {"shape": str(shape), "gate": gate, "provider": provider, "bandwidth": bandwidth}
-                record |= {"floor_forward_ms": floor[0], "floor_both_ms": floor[1]}
-                try:
-                    run = PROVIDERS[provider](x)
-                    if run is None:
-                        continue
-                    record |= measure(run, x, device, seconds)
-                except ImportError:
-                    continue
-                except Exception as problem:  # a peer that refuses is a result too
-                    record["error"] = str(problem).splitlines()[0][:200]
-                yield record
-            del x
+def rows_of(x: Inputs, names: Iterable[str], device: str, seconds: float, modes: Iterable[str] = ()) -> Iterator[Row]:
+    """Rows of one shape and gate. A provider that lacks the case or raises gives one row, with the reason."""
+    pick = our_pick(x)
+    wanted = [m for m in x.shape.modes if (not modes or m in modes) and (m != "graph" or device == "cuda")]
+    right = None
+    for name in (pick if n == "picked" else n for n in names):
+        about: Row = {"shape": str(x.shape), "gate": x.gate, "provider": name, "ours": name not in PEERS}
+        if about["ours"]:
+            about["picked"] = name == pick
+        try:
+            call = PEERS[name][1](x) if name in PEERS else our_call(name, x)
+            first = 0.0
+            for mode in wanted:
+                row = about | {"mode": mode} | measure(call, mode, x.shape, device, seconds)
+                first = row["first_s"] = first + row["first_s"]  # both: the forward was compiled in its own row
+                if name not in OTHER_MATHEMATICS and x.state is None:
+                    with torch.no_grad():
+                        right = our_call(pick, x).run() if right is None else right
+                        row["difference"] = difference(call, right)
+                yield row
+        except Unsupported as reason:
+            yield about | {"unsupported": str(reason)}
+        except Exception as problem:  # a peer that refuses is a result too
+            yield about | {"error": (str(problem).splitlines() or [""])[0][:200] or type(problem).__name__}
+            _synchronize(device)  # raises where the GPU is lost: every later row would be an error of this one
+        for leaf in (x.q, x.k, x.v, x.g):
+            if leaf is not None:
+                leaf.grad = None
 
 
-def line(r: dict[str, Any]) -> str:
-    start = f"{r['shape']:32s} {r['gate']:9s} {r['provider']:16s}"
-    if "error" in r:
-        return f"{start} {r['error'][:70]}"
-    return (
-        f"{start} {r['forward_ms']:9.3f} ({r['forward_ms'] / r['floor_forward_ms']:5.2f}) "
-        f"{r['both_ms']:9.3f} ({r['both_ms'] / r['floor_both_ms']:5.2f}) {r['memory_mib']:8.0f} {r['first_s']:7.1f}"
-    )
+def missing(names: Iterable[str]) -> dict[str, str]:
+    """The peers that do not import, and why."""
+    reasons = {}
+    for name in names:
+        try:
+            importlib.import_module(PEERS[name][0])
+        except Exception as problem:  # whatever it does when imported
+            reasons[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return reasons
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars: forward with backward, in times of the memory floor. Shorter is better, 1 is the floor."""
+def versions(device: str, dtype: torch.dtype) -> dict[str, str]:
+    found = {"date": str(datetime.date.today()), "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "flash-linear-attention", "mamba-ssm", "mlstm-kernels", "helion"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    found["dtype"] = str(dtype).removeprefix("torch.")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- records and tables
+
+
+def write(record: Row, path: Path) -> None:
+    """Whole or not at all: a run may be stopped at any time."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def group(row: Row) -> tuple[str, str]:
+    return row["shape"], row["gate"]
+
+
+def merge(records: list[Row]) -> Row:
+    """One record from several of one device. A shape and gate that several have comes from the last, as a whole.
+
+    Rows are compared only with rows of the same run, so no group is ever put together from two.
+
+    Raises:
+        ValueError: the records are of different devices or dtypes.
+    """
+    kinds = sorted({f"{r['versions']['device']}, {r['versions']['dtype']}" for r in records})
+    if len(kinds) != 1:
+        raise ValueError(f"records of one device and dtype can be merged, got {kinds}")
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for record in records:
+        new: dict[tuple[str, str], list[Row]] = {}
+        for row in record["rows"]:
+            new.setdefault(group(row), []).append(row)
+        groups |= new
+    absent = {name: reason for r in records for name, reason in r["missing"].items()}
+    return {**records[-1], "missing": absent, "rows": [row for rows in groups.values() for row in rows]}
+
+
+def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The fastest peer that computed the same."""
+    rivals = [r for r in rows if "ms" in r and not r["ours"] and r["provider"] not in OTHER_MATHEMATICS]
+    rivals = [r for r in rivals if group(r) == group(row) and r["mode"] == row["mode"]]
+    return min(rivals, key=lambda r: r["ms"], default=None)
+
+
+def wrong_picks(rows: list[Row]) -> list[str]:
+    """Where another operator is faster than the one that `linear_attention` picks, by more than 10%."""
+    found = []
+    for row in rows:
+        if not row.get("picked") or "ms" not in row:
+            continue
+        others = [r for r in rows if "ms" in r and r["ours"] and group(r) == group(row) and r["mode"] == row["mode"]]
+        best = min(others, key=lambda r: r["ms"])
+        if row["ms"] > WRONG * best["ms"]:
+            numbers = f"{row['provider']} {row['ms']:.3f} ms, {best['provider']} {best['ms']:.3f} ms"
+            found.append(f"{row['shape']} {row['gate']} {row['mode']}: {numbers}, {row['ms'] / best['ms']:.2f} times")
+    return found
+
+
+COLUMNS = ("mode", "provider", "ms", "x floor", "x best peer", "MiB", "first s", "difference")
+
+
+def cells(row: Row, rows: Iterable[Row]) -> list[str]:
+    """The columns of a row that was measured. "x best peer" above 1: that many times as fast as it."""
+    rival = best_peer(row, rows) if row["ours"] else None
+    return [
+        row["mode"],
+        row["provider"] + (" *" if row.get("picked") else ""),
+        f"{row['ms']:.4f}" if row["ms"] < 1 else f"{row['ms']:.3f}",
+        f"{row['ms'] / row['floor_ms']:.2f}" if row["floor_ms"] else "",
+        f"{rival['ms'] / row['ms']:.2f} {rival['provider']}" if rival else "",
+        f"{row['memory_mib']:.0f}" if "memory_mib" in row else "",
+        f"{row['first_s']:.1f}",
+        f"{row['difference']:.0e}" if "difference" in row else "",
+    ]
+
+
+def line(columns: Iterable[str]) -> str:
+    return "  " + " ".join(c.rjust(w) for c, w in zip(columns, (-16, 17, 9, 8, 20, 7, 7, 10), strict=True))
+
+
+def tail(rows: list[Row]) -> list[str]:
+    """What could not be measured, of one shape and gate."""
+    reasons = [f"{r['provider']} ({r.get('unsupported') or r['error']})" for r in rows if "ms" not in r]
+    return [f"  not measured: {', '.join(reasons)}"] if reasons else []
+
+
+def show(record: Row) -> None:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in record["rows"]:
+        groups.setdefault(group(row), []).append(row)
+    for (shape, gate), rows in groups.items():
+        print(f"{shape} {gate}")
+        print("\n".join([*(line(cells(r, rows)) for r in rows if "ms" in r), *tail(rows)]))
+
+
+def plot(record: Row, path: Path) -> None:
+    """Bars of times over the memory floor, one panel for each mode of whole sequences. 1 is the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    good = [r for r in results if "error" not in r and r["provider"] not in ("softmax", "naive", "naive compiled")]
-    groups = list(dict.fromkeys((r["shape"], r["gate"]) for r in good))
-    names = list(dict.fromkeys(r["provider"] for r in good))
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.16 * (len(names) + 1) * len(groups)))
-    for j, name in enumerate(names):
-        rows = [(groups.index((r["shape"], r["gate"])), r) for r in good if r["provider"] == name]
-        axes.barh(
-            [i + 0.8 * (j + 0.5) / len(names) - 0.4 for i, _ in rows],
-            [r["both_ms"] / r["floor_both_ms"] for _, r in rows],
-            height=0.8 / len(names),
-            label=f"torch_la {name}" if name in OURS else name,
-        )
-    axes.set_yticks(range(len(groups)), [f"{shape}, {gate}" for shape, gate in groups], fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("forward + backward, times the memory floor")
-    axes.legend(fontsize=8)
+    modes = ("forward", "forward+backward")
+    good = [r for r in record["rows"] if r.get("mode") in modes and r["floor_ms"]]
+    good = [r for r in good if not r["provider"].startswith((*OTHER_MATHEMATICS, "naive"))]
+    good = [r for r in good if not r["ours"] or r["picked"]]
+    names = sorted({_label(r) for r in good}, key=lambda n: (n != "torch_la", n))
+    groups = list(dict.fromkeys(group(r) for r in good))
+    height = 1.2 + 0.15 * (len(names) + 1) * len(groups)
+    figure, panels = plt.subplots(1, 2, figsize=(13, height), sharey=True, squeeze=False)
+    for panel, mode in zip(panels[0], modes, strict=True):
+        for j, name in enumerate(names):
+            bars = [r for r in good if _label(r) == name and r["mode"] == mode]
+            panel.barh(
+                [groups.index(group(r)) + 0.8 * (j + 0.5) / len(names) - 0.4 for r in bars],
+                [r["ms"] / r["floor_ms"] for r in bars],
+                height=0.8 / len(names),
+                label=name,
+            )
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set_xlabel(f"{mode}, times the memory floor")
+    panels[0][0].set_yticks(range(len(groups)), [", ".join(g) for g in groups], fontsize=8)
+    panels[0][0].invert_yaxis()
+    panels[0][1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
+    plt.close(figure)
 
 
-def versions(device: str) -> dict[str, str]:
-    found = {"torch": torch.__version__, "python": platform.python_version(), "date": str(datetime.date.today())}
-    for module in ("triton", "fla", "mamba_ssm"):
-        try:
-            found[module] = str(importlib.import_module(module).__version__)
-        except (ImportError, AttributeError):
-            continue
-    found["device"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return found
+def _label(row: Row) -> str:
+    return "torch_la" if row["ours"] else str(row["provider"])
+
+
+# -------------------------------------------------------------------------------------------------------------- command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", action="append", default=[], help="only shapes whose name contains this")
-    parser.add_argument("--gate", action="append", choices=GATES, help="default: all")
-    parser.add_argument("--provider", action="append", choices=list(PROVIDERS), help="default: every one that imports")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of measuring, for each number")
-    parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--plot", type=Path, help="draw the records here (extra: bench)")
+    add = parser.add_argument
+    add("records", nargs="*", type=Path, help="measure nothing: merge these records, print and draw them")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--shapes", nargs="+", metavar="PART", help="only shapes whose name contains one of these; --list names them")
+    add("--gates", nargs="+", choices=GATES, default=list(GATES))
+    add("--modes", nargs="+", choices=("forward", "forward+backward", "graph", "eager"), default=[])
+    add("--ops", nargs="+", choices=("picked", "all", *OPS), default=["picked"], help="of this library")
+    add("--peers", nargs="*", choices=tuple(PEERS), help="default: every one for the device that imports")
+    add("--seconds", type=float, default=0.2, help="of measuring, for each number")
+    add("--empty-cache", action="store_true", help="compile anew: the first calls are those of a new machine")
+    add("--list", action="store_true", help="print the names of the shapes and peers")
+    add("--json", type=Path, help="write the record here, after every row")
+    add("--plot", type=Path, help="draw the record here (extra: bench)")
+
+
+def select(device: str, parts: list[str] | None) -> list[Shape]:
+    """The shapes whose names contain a part, all for None.
+
+    Raises:
+        ValueError: a part that no name contains.
+    """
+    names = [str(s) for s in SHAPES[device]]
+    for part in parts or ():
+        if not any(part in name for name in names):
+            raise ValueError(f"--shapes: no shape contains {part!r}: {', '.join(names)}")
+    return [s for s in SHAPES[device] if not parts or any(part in str(s) for part in parts)]
+
+
+def bench(options: argparse.Namespace, shapes: list[Shape]) -> Row:
+    """Measures, prints and writes; returns the record."""
+    device, dtype = options.device, torch.bfloat16 if options.device == "cuda" else torch.float32
+    peers = DEFAULT_PEERS[device] if options.peers is None else options.peers
+    absent = missing(peers)
+    machine = rates(device, dtype)
+    record: Row = {"versions": versions(device, dtype), "rates": machine, "missing": absent, "rows": []}
+    print(", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+    print(f"copy {machine['bandwidth'] / 1e9:.0f} GB/s, products {machine['flops'] / 1e12:.3g} TFLOP/s")
+    print("\n".join(f"{name}: not measured: {reason}" for name, reason in absent.items()))
+    print(line(COLUMNS))
+    for shape in shapes:
+        ops = ["picked"] if shape.kind == "decode" else list(OPS) if "all" in options.ops else options.ops
+        for gate in options.gates:
+            x = make(shape, gate, device, dtype)
+            floor = floors(x)
+            text = (
+                f"{mode} {b / machine['bandwidth'] * 1e3:.4f} and {f / machine['flops'] * 1e3:.4f}"
+                for mode, (b, f) in floor.items()
+            )
+            print(f"{shape} {gate}   floors of memory and products, ms: {'; '.join(text)}")
+            rows: list[Row] = []
+            for row in rows_of(x, [p for p in peers if p not in absent] + ops, device, options.seconds, options.modes):
+                if "mode" in row:
+                    row["floor_ms"] = 0.0
+                    if shape.kind != "host":  # there the host counts
+                        row["floor_ms"] = floor[row["mode"]][0] / machine["bandwidth"] * 1e3
+                rows.append(row)
+                record["rows"].append(row)
+                if options.json:
+                    write(record, options.json)
+                if "ms" in row:
+                    print(line(cells(row, rows)), flush=True)
+            print("\n".join(tail(rows)), flush=True)
+            del x
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return record
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    device = options.device
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shapes = [s for s in SHAPES[device] if not options.shape or any(name in str(s) for name in options.shape)]
-    results = []
-    head = "shape, gate, provider".ljust(59)
-    print(f"{head} {'forward ms (floors)':>17s} {'with backward':>17s} {'MiB':>8s} {'first s':>7s}")
-    chosen = options.provider or list(PROVIDERS)
-    for record in records(shapes, options.gate or list(GATES), chosen, device, dtype, options.seconds):
-        results.append(record)
-        print(line(record), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"versions": versions(device), "results": results}, indent=1) + "\n")
+    if options.list:
+        print("\n".join([*(f"{d}: {s}" for d, shapes in SHAPES.items() for s in shapes), *PEERS]))
+        return 0
+    try:
+        if options.records:
+            record = merge([json.loads(path.read_text()) for path in options.records])
+            show(record)
+            if options.json:
+                write(record, options.json)
+        else:
+            shapes = select(options.device, options.shapes)
+            with tempfile.TemporaryDirectory() as empty:
+                if options.empty_cache:
+                    os.environ.update(
+                        {"TRITON_CACHE_DIR": f"{empty}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{empty}/torch"}
+                    )
+                record = bench(options, shapes)
+    except ValueError as problem:
+        print(problem)
+        return 2
+    for wrong in wrong_picks(record["rows"]):
+        print(f"the rule of linear_attention is wrong: {wrong}")
     if options.plot:
-        plot(results, options.plot)
-    return 0 if results else 1
+        plot(record, options.plot)
+    return 0 if any("ms" in row for row in record["rows"]) else 1

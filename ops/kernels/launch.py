@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..reference import EPS
@@ -58,8 +57,17 @@ def _vector(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
+def _ceil(a: int, b: int) -> int:
+    """a / b, rounded up. (`triton.cdiv` takes 2 us of the host for each call, and there are many.)"""
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def _power(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return max(16, _power_of_2(n))
 
 
 @dataclass
@@ -127,12 +135,12 @@ def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normali
     tokens = tile.chunk == 1
     N = B if cu is None else cu.shape[0] - 1
     # cut so that about two programs run on every multiprocessor
-    programs = HV * triton.cdiv(V, tile.block)
+    programs = HV * _ceil(V, tile.block)
     in_blocks |= kernel == "backward" and tokens
     if in_blocks:
         programs *= 1 if normalize else 2
     elif kernel == "backward":
-        programs += 2 * HV * triton.cdiv(K, tile.block)
+        programs += 2 * HV * _ceil(K, tile.block)
     length = T
     if kernel == "backward" or op == "chunk":
         wanted = 2 * _processors(q.device.index if q.is_cuda else None)
@@ -142,7 +150,7 @@ def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normali
             length = tiles.segment
     unit = max(tile.chunk, BLOCK if tokens else 16)
     length = min(-(-length // unit) * unit, -(-max(T, 1) // unit) * unit)
-    cuts = triton.cdiv(T, length) if cu is None else 1
+    cuts = _ceil(T, length) if cu is None else 1
     if cu is None:
         layout, slots = DENSE, B * cuts
     elif length >= T:
@@ -156,7 +164,7 @@ def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normali
     if layout == PACKED_CUT:
         plan.table = _table(plan, length, slots)
     if in_blocks:
-        plan.blocks = triton.cdiv(T, plan.C)
+        plan.blocks = _ceil(T, plan.C)
         plan.block_slots = B * plan.blocks if cu is None else T // plan.C + N
         plan.block_table = q if cu is None else _table(plan, plan.C, plan.block_slots)
     return plan
@@ -165,7 +173,7 @@ def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normali
 def _table(plan: _Plan, length: int, slots: int) -> Tensor:
     """The sequence of each slot, for packed sequences cut into segments of `length`."""
     table = torch.empty(slots, dtype=torch.int32, device=plan.device)
-    _segment_table[(triton.cdiv(slots, 128),)](plan.cu, table, plan.T, plan.N, length, slots, BS=128, num_warps=4)
+    _segment_table[(_ceil(slots, 128),)](plan.cu, table, plan.T, plan.N, length, slots, BS=128, num_warps=4)
     return table
 
 
@@ -182,8 +190,8 @@ def _gates(
     R = torch.empty(plan.B * plan.HV, plan.T, dtype=torch.float64 if exact else torch.float32, device=g.device)
     packed = plan.layout != DENSE
     chunk = plan.tile.chunk
-    BT, BH = max(chunk, 64), min(16, triton.next_power_of_2(plan.HV))
-    _gate_sums[(plan.B * triton.cdiv(plan.T, BT) * triton.cdiv(plan.HV, BH),)](
+    BT, BH = max(chunk, 64), min(16, _power_of_2(plan.HV))
+    _gate_sums[(plan.B * _ceil(plan.T, BT) * _ceil(plan.HV, BH),)](
         g, *g.stride(), R, plan.cu, plan.T, plan.N, plan.HV,
         PACKED=packed, REVERSE=reverse, C=chunk, BT=BT, BH=BH, num_warps=4,
     )  # fmt: skip
@@ -210,7 +218,7 @@ def _segment_states(
     tile = plan.states_tile
     BM, BN = plan.rows(plan.K), plan.columns(plan.V, tile)
     rden, dden = weights or (k, k)
-    _local_state[(triton.cdiv(plan.V, BN) * plan.HV * plan.slots,)](
+    _local_state[(_ceil(plan.V, BN) * plan.HV * plan.slots,)](
         k, *k.stride()[:3], v, *v.stride()[:3], _or(R, k), _or(gamma, k), rden, dden, states, decay,
         plan.cu, plan.table, plan.T, plan.N, plan.H, plan.HV, plan.cuts, plan.length,
         K=plan.K, V=plan.V, BM=BM, BN=BN, C=plan.C, GATE=kind,
@@ -218,8 +226,8 @@ def _segment_states(
         PRECISION=plan.precision, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     KW = plan.K * plan.W
-    size = min(512, triton.next_power_of_2(KW))
-    _scan[(triton.cdiv(KW, size) * plan.HV * plan.N,)](
+    size = min(512, _power_of_2(KW))
+    _scan[(_ceil(KW, size) * plan.HV * plan.N,)](
         states, decay, _or(initial, states), *_or(initial, states).stride(), _or(final, states),
         _or(R, k), _or(gamma, k), plan.cu, plan.T, plan.HV, plan.cuts, plan.length,
         1.0 / scale if mirror else 1.0, scale if mirror else 1.0,
@@ -253,7 +261,7 @@ class _Kept:
         tile = plan.states_tile
         BN = plan.columns(plan.V, tile)
         rden, dden = weights or (q, q)
-        _boundaries[(directions * triton.cdiv(plan.V, BN) * plan.HV * plan.slots,)](
+        _boundaries[(directions * _ceil(plan.V, BN) * plan.HV * plan.slots,)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], do, *do.stride()[:3], _or(R, q), _or(gamma, q),
             rden, dden, _or(start, q), *_or(start, q).stride(), _or(dend, q), *_or(dend, q).stride(), d_scale,
             _or(dstart, q), self.scale, self.states, self.z, self.states[0].numel(), self.z[0].numel(),
@@ -309,7 +317,7 @@ def forward(
         BN = plan.columns(V)
         # columns under a mask take the pipeline more shared memory than a multiprocessor has
         stages = 1 if K > 128 and V % BN else plan.tile.stages
-        _forward[(triton.cdiv(V, BN) * HV * plan.slots,)](
+        _forward[(_ceil(V, BN) * HV * plan.slots,)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, _or(R, q), _or(g_gamma, q),
             _or(start, q), *_or(start, q).stride(), _or(pass_final, q), plan.cu, plan.table,
             T, N, plan.H, HV, plan.cuts, plan.length, plan.slots, scale,
@@ -405,7 +413,7 @@ def backward(
             start, dend, dstart, d_scale = kept.states[0], kept.states[1], None, 1.0
             z, dz = kept.z[0], kept.z[1]
         BN = plan.columns(max(K, V))
-        TK, TV = triton.cdiv(K, BN), triton.cdiv(V, BN)
+        TK, TV = _ceil(K, BN), _ceil(V, BN)
         rho = across = q
         if rho_wanted:
             rho = torch.empty(3, TK, B * HV, T, dtype=torch.float32, device=device)
@@ -424,7 +432,7 @@ def backward(
         dg = dgamma = None
         if rho_wanted:
             NB = max(1, 1024 // length)
-            programs = triton.cdiv(slots, NB)
+            programs = _ceil(slots, NB)
             part = torch.empty(programs, HV, dtype=torch.float32, device=device) if wants_dgamma else rho
             dg = torch.empty(B, T, HV, dtype=g.dtype, device=device) if wants_dg and g is not None else None
             _gate_gradient[(HV * programs,)](
@@ -461,7 +469,7 @@ def step_(
     BN = min(tile.block, _power(V))
     kind = 1 if g is not None else 2 if g_gamma is not None else 0
     with _on(q):
-        _step[((1 if normalize else triton.cdiv(V, BN)) * HV * B,)](
+        _step[((1 if normalize else _ceil(V, BN)) * HV * B,)](
             q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], o, state, *state.stride(),
             _or(g, q), *_or(g, q).stride()[:2], _or(g_gamma, q), _or(state_indices, q),
             1 if state_indices is None else state_indices.stride(0), H, HV, state.shape[0], scale,

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from torch_la.ops.kernels import launch, tiles
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+SHARED = 232448  # bytes of shared memory that a program may have on Hopper
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.int32: "*i32", torch.int64: "*i64",
@@ -73,11 +74,13 @@ def compile_for_hopper(fn: JITFunction, args: tuple, options: dict) -> dict | No
         f.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", f.name], capture_output=True, text=True).stdout
         sass = subprocess.run([CUOBJDUMP, "-sass", f.name], capture_output=True, text=True).stdout
+    if compiled.metadata.shared > SHARED:
+        raise RuntimeError(f"{compiled.metadata.shared} bytes of shared memory, of {SHARED}")
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
     return dict(
         kernel=fn.__name__, registers=registers, stack=stack, shared=shared,
-        ctas=min(227 * 1024 // (shared + 1024), 65536 // (registers * num_warps * 32)),
+        ctas=min((SHARED + 1024) // (shared + 1024), 65536 // (registers * num_warps * 32)),
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)), mma=len(re.findall(r"mma\.sync", ptx)),
         stl=len(re.findall(r"\bSTL", sass)), ldl=len(re.findall(r"\bLDL", sass)), warps=num_warps, seconds=seconds,
     )  # fmt: skip
@@ -110,7 +113,7 @@ def main() -> None:
     global label, only
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--widths", nargs="+", default=["64", "128", "256"], help="K and V, as in 64 or 256x40")
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "tf32", "ieee"])
     parser.add_argument("--gates", nargs="+", default=["none", "g", "gamma", "g+norm", "g fixed"])
     parser.add_argument("--ops", nargs="+", default=["chunk"])
@@ -133,36 +136,22 @@ def main() -> None:
         for D in args.widths:
             for gate in args.gates:
                 normalize = gate.endswith("norm")
-                q = torch.empty(1, T, H, D, dtype=t)
+                K, V = (int(x) for x in (D.split("x") * 2)[:2])
+                q, v = torch.empty(1, T, H, K, dtype=t), torch.empty(1, T, H, V, dtype=t)
                 g = torch.empty(1, T, H) if gate.startswith(("g+", "g ")) or gate == "g" else None
                 gamma = torch.empty(H) if gate.startswith("gamma") else None
-                S = torch.empty(1, H, D, D + normalize)
+                S = torch.empty(1, H, K, V + normalize)
                 for op, layout in itertools.product(args.ops, args.layouts):
                     label = f"{op} {dtype} {D} {gate} {layout}"
                     cu = None if layout == "dense" else torch.tensor([0, T], dtype=torch.int32)
                     tiles.segment = {"dense": None, "packed": T, "cut": 1024}[layout]
-                    launch.forward(op, q, q, q, g, gamma, S, True, cu, 0.5, normalize, False)
-                    launch.backward(
-                        op,
-                        q,
-                        q,
-                        q,
-                        g,
-                        gamma,
-                        S,
-                        cu,
-                        0.5,
-                        normalize,
-                        False,
-                        q if normalize else None,
-                        q,
-                        S,
-                        "fixed" not in gate,
-                    )
+                    launch.forward(op, q, q, v, g, gamma, S, True, cu, 0.5, normalize, False)
+                    options = (cu, 0.5, normalize, False, v if normalize else None)
+                    launch.backward(op, q, q, v, g, gamma, S, *options, v, S, "fixed" not in gate)
                     tiles.segment = None
-        label = f"step {D}"
-        x, state = torch.empty(2, H, D, dtype=t), torch.empty(2, H, D, D)
-        launch.step_(x, x, x, state, torch.empty(2, H), None, None, 0.5, False)
+            label = f"step {D}"
+            x, y, state = torch.empty(2, H, K, dtype=t), torch.empty(2, H, V, dtype=t), torch.empty(2, H, K, V)
+            launch.step_(x, x, y, state, torch.empty(2, H), None, None, 0.5, False)
     failed = [r for r in rows if "failed" in r]
     stack = {f"{r['case']} {r['kernel']}": r["stack"] for r in rows if "failed" not in r}
     if args.record:

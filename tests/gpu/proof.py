@@ -58,11 +58,11 @@ def start(command: list[str], log: Path, device: int | None = None, **environmen
     return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=os.environ | environment)
 
 
-def sanitizer(out: Path, devices: int) -> dict[tuple[int, str], subprocess.Popen]:
+def sanitizer(out: Path, devices: int, widths: list[int]) -> dict[tuple[int, str], subprocess.Popen]:
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer is not on the PATH")
     running = {}
-    for i, (width, tool) in enumerate((w, t) for w in reversed(WIDTHS) for t in TOOLS):
+    for i, (width, tool) in enumerate((w, t) for w in sorted(widths, reverse=True) for t in TOOLS):
         command = [
             "compute-sanitizer",
             "--tool",
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=40, help="processes of the cases")
     parser.add_argument("--tests", type=int, default=10, help="processes of the test suite (pytest-xdist)")
     parser.add_argument("--skip", nargs="*", default=[])
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="for the sanitizer")
     parser.add_argument("--some", action="store_true", help="cases: not every option set at every width")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds after which what still runs is ended")
     args = parser.parse_args()
@@ -93,7 +94,7 @@ def main() -> None:
     suite = [sys.executable, str(HERE / "suite.py")]
     running: dict[Any, subprocess.Popen] = {}
     if "sanitizer" not in args.skip:
-        running |= sanitizer(logs, devices)
+        running |= sanitizer(logs, devices, args.widths)
     if "cases" not in args.skip:
         more = [] if args.some else ["--full"]
         command = [*suite, "--only", "cases", "--jobs", str(args.jobs), "--json", str(logs / "cases.json"), *more]
@@ -106,7 +107,7 @@ def main() -> None:
         command = [sys.executable, "-m", "pytest", "-v", "-rf", "-m", "gpu", "-n", str(args.tests), str(ROOT / "tests")]
         command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
         command += [f"--ignore={HERE}", f"--junitxml={logs / 'pytest.xml'}"]
-        running["pytest"] = start(command, logs / "pytest.log", devices - 1)
+        running["pytest"] = start(command, logs / "pytest.log")
 
     left = dict(running)
     while left and time.time() - begin < args.limit:
@@ -120,7 +121,7 @@ def main() -> None:
     bad = len(left)
     if "sanitizer" not in args.skip:
         rows = []
-        for width in WIDTHS:
+        for width in args.widths:
             row: dict[str, Any] = dict(width=width)
             for tool in TOOLS:
                 text = (logs / f"sanitizer_{width}_{tool}.log").read_text(errors="replace")

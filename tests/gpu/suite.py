@@ -55,7 +55,7 @@ def inputs(case: dict) -> dict:
     )
     g = gamma = None
     if case["gate"] == "gamma":
-        # dg_gamma is one number for each head, and grows with its memory: heads much alike, so that the norm of the error
+        # dg_gamma is one number for each head, and grows with its memory: heads much alike, so that the norm
         # is one over many numbers. From case to case the memory goes from 5 to 500 tokens.
         gamma = -(0.2, 0.05, 0.01, 0.002)[case["seed"] % 4] * (0.5 + torch.rand(HV, device=DEVICE))
     elif case["gate"] != "none":
