@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch_la
+from torch_la import bench
 
 project = "torch_la"
 author = "the torch_la authors"
@@ -148,6 +149,44 @@ def _compile() -> dict:
     return found
 
 
+def _benchmark(where: str) -> dict | None:
+    """The records `bench_gpu*.json` or `bench_cpu*.json` as one, the last name wins. None: there are none."""
+    paths = sorted(_RECORDS.glob(f"bench_{where}*.json"))
+    return bench.merge([json.loads(path.read_text()) for path in paths]) if paths else None
+
+
+def _benchmark_table(where: str) -> str:
+    record = _benchmark(where)
+    if record is None:
+        return "*Not run yet.*"
+    rows = [[r["shape"], r["gate"], *bench.cells(r, record["rows"])] for r in record["rows"] if "ms" in r]
+    rows = [[cell.replace("*", r"\*") for cell in row] for row in rows]
+    about = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    rates = "copy {:.0f} GB/s, products {:.3g} TFLOP/s".format(
+        record["rates"]["bandwidth"] / 1e9, record["rates"]["flops"] / 1e12
+    )
+    parts = [f"{about}; {rates}.", _table(["shape", "gate", *bench.COLUMNS], rows)]
+    image = f"bench_{where}.svg"
+    if (_RECORDS / image).exists():
+        parts.append(f"![times over the memory floor](records/{image})")
+    absent = [f"{name} ({reason})" for name, reason in record["missing"].items()]
+    refused = [
+        "- {provider}, {shape} {gate}: `{error}`".format(**{**r, "error": r["error"].replace("`", "'")})
+        for r in record["rows"]
+        if "error" in r
+    ]
+    return "\n\n".join([*parts, *(f"Not there: {text}." for text in absent), "\n".join(refused)])
+
+
+def _wrong_picks() -> str:
+    records = [record for record in map(_benchmark, ("gpu", "cpu")) if record]
+    every = [row for record in records for row in record["rows"] if row["ours"] and not row.get("picked")]
+    if not every:
+        return "*Not run yet.*"
+    found = [f"- {text}" for record in records for text in bench.wrong_picks(record["rows"])]
+    return "\n".join(found) or "Nowhere."
+
+
 _overhead = _record("overhead")
 _calls = ["call", "forward", "forward, recorded for a gradient", "forward and backward"]
 _columns = ["forward", "forward_recorded", "forward_and_backward"]
@@ -163,6 +202,7 @@ _stack = _record("stack")
 _spills = [[*name.rsplit(" ", 1), str(size)] for name, size in _stack["stack_bytes"].items() if size]
 _tables = {"cases": _worst, "timing": _timing, "sanitizer": _findings}
 myst_substitutions = {
+    "bench": {"gpu": _benchmark_table("gpu"), "cpu": _benchmark_table("cpu"), "wrong": _wrong_picks()},
     "compile": _compile(),
     "overhead": {**_overhead, "table": _table(_calls, _overhead_rows)},
     "models": {**_models, "table": _table(["", "upstream, ms", "torch_la, ms", "ratio"], _models_rows)},

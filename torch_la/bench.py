@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from .bench_calls import GATES, OPS, PEERS, SHAPES, Call, Inputs, Shape, Unsupported, difference, floors, make
+from .bench_calls import GATES, OPS, PEERS, SHAPES, Call, Inputs, Shape, Unsupported, difference, floors, make, parse
 from .bench_calls import ours as our_call
 from .bench_calls import picked as our_pick
 
@@ -138,10 +138,11 @@ def rows_of(x: Inputs, names: Iterable[str], device: str, seconds: float, modes:
             for mode in wanted:
                 row = about | {"mode": mode} | measure(call, mode, x.shape, device, seconds)
                 first = row["first_s"] = first + row["first_s"]  # both: the forward was compiled in its own row
-                if name not in OTHER_MATHEMATICS and x.state is None:
-                    with torch.no_grad():
-                        right = our_call(pick, x).run() if right is None else right
-                        row["difference"] = difference(call, right)
+                if mode == wanted[0] and name not in (*OTHER_MATHEMATICS, pick) and x.state is None:
+                    if right is None:
+                        with torch.no_grad():
+                            right = our_call(pick, x).run()
+                    row["difference"] = difference(call, right)
                 yield row
         except Unsupported as reason:
             yield about | {"unsupported": str(reason)}
@@ -150,7 +151,7 @@ def rows_of(x: Inputs, names: Iterable[str], device: str, seconds: float, modes:
             _synchronize(device)  # raises where the GPU is lost: every later row would be an error of this one
         for leaf in (x.q, x.k, x.v, x.g):
             if leaf is not None:
-                leaf.grad = None
+                leaf.grad = None  # what a peer left is not memory of the next one
 
 
 def missing(names: Iterable[str]) -> dict[str, str]:
@@ -251,7 +252,8 @@ def cells(row: Row, rows: Iterable[Row]) -> list[str]:
 
 
 def line(columns: Iterable[str]) -> str:
-    return "  " + " ".join(c.rjust(w) for c, w in zip(columns, (-16, 17, 9, 8, 20, 7, 7, 10), strict=True))
+    widths = (">16", "<16", ">9", ">7", "<22", ">6", ">7", ">10")
+    return " ".join(f"{c:{w}}" for c, w in zip(columns, widths, strict=True)).rstrip()
 
 
 def tail(rows: list[Row]) -> list[str]:
@@ -270,7 +272,10 @@ def show(record: Row) -> None:
 
 
 def plot(record: Row, path: Path) -> None:
-    """Bars of times over the memory floor, one panel for each mode of whole sequences. 1 is the floor."""
+    """Bars of times over the memory floor, one panel for each mode of whole sequences. 1 is the floor.
+
+    A bar of more than four times this library's longest is cut, with its number in it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -278,21 +283,20 @@ def plot(record: Row, path: Path) -> None:
 
     modes = ("forward", "forward+backward")
     good = [r for r in record["rows"] if r.get("mode") in modes and r["floor_ms"]]
-    good = [r for r in good if not r["provider"].startswith((*OTHER_MATHEMATICS, "naive"))]
-    good = [r for r in good if not r["ours"] or r["picked"]]
+    good = [r for r in good if (r["picked"] if r["ours"] else r["provider"] not in OTHER_MATHEMATICS)]
     names = sorted({_label(r) for r in good}, key=lambda n: (n != "torch_la", n))
     groups = list(dict.fromkeys(group(r) for r in good))
     height = 1.2 + 0.15 * (len(names) + 1) * len(groups)
     figure, panels = plt.subplots(1, 2, figsize=(13, height), sharey=True, squeeze=False)
     for panel, mode in zip(panels[0], modes, strict=True):
+        times = {(_label(r), groups.index(group(r))): r["ms"] / r["floor_ms"] for r in good if r["mode"] == mode}
+        limit = 4 * max((x for (name, _), x in times.items() if name == "torch_la"), default=4)
         for j, name in enumerate(names):
-            bars = [r for r in good if _label(r) == name and r["mode"] == mode]
-            panel.barh(
-                [groups.index(group(r)) + 0.8 * (j + 0.5) / len(names) - 0.4 for r in bars],
-                [r["ms"] / r["floor_ms"] for r in bars],
-                height=0.8 / len(names),
-                label=name,
-            )
+            bars = {i + 0.8 * (j + 0.5) / len(names) - 0.4: x for (label, i), x in times.items() if label == name}
+            panel.barh(list(bars), [min(x, limit) for x in bars.values()], height=0.8 / len(names), label=name)
+            for y, x in bars.items():
+                if x > limit:
+                    panel.text(limit, y, f"{x:.0f} ", ha="right", va="center", fontsize=6)
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_xlabel(f"{mode}, times the memory floor")
     panels[0][0].set_yticks(range(len(groups)), [", ".join(g) for g in groups], fontsize=8)
@@ -314,7 +318,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("records", nargs="*", type=Path, help="measure nothing: merge these records, print and draw them")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--shapes", nargs="+", metavar="PART", help="only shapes whose name contains one of these; --list names them")
+    add(
+        "--shapes",
+        nargs="+",
+        metavar="PART",
+        help="shapes whose name contains one of these (see --list), or any B1_T256_H4_D64",
+    )
     add("--gates", nargs="+", choices=GATES, default=list(GATES))
     add("--modes", nargs="+", choices=("forward", "forward+backward", "graph", "eager"), default=[])
     add("--ops", nargs="+", choices=("picked", "all", *OPS), default=["picked"], help="of this library")
@@ -327,16 +336,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def select(device: str, parts: list[str] | None) -> list[Shape]:
-    """The shapes whose names contain a part, all for None.
+    """The shapes whose names contain a part, all for None. A whole name need not be one of the list.
 
     Raises:
-        ValueError: a part that no name contains.
+        ValueError: a part that is no name and that no name contains.
     """
-    names = [str(s) for s in SHAPES[device]]
-    for part in parts or ():
-        if not any(part in name for name in names):
-            raise ValueError(f"--shapes: no shape contains {part!r}: {', '.join(names)}")
-    return [s for s in SHAPES[device] if not parts or any(part in str(s) for part in parts)]
+    chosen: dict[Shape, None] = {}
+    for part in [""] if parts is None else parts:
+        named = [s for s in SHAPES[device] if str(s) == part] or [s for s in (parse(part),) if s]
+        named = named or [s for s in SHAPES[device] if part in str(s)]
+        if not named:
+            raise ValueError(f"--shapes: no shape contains {part!r}: {', '.join(map(str, SHAPES[device]))}")
+        chosen |= dict.fromkeys(named)
+    return list(chosen)
 
 
 def bench(options: argparse.Namespace, shapes: list[Shape]) -> Row:
@@ -348,7 +360,8 @@ def bench(options: argparse.Namespace, shapes: list[Shape]) -> Row:
     record: Row = {"versions": versions(device, dtype), "rates": machine, "missing": absent, "rows": []}
     print(", ".join(f"{name} {version}" for name, version in record["versions"].items()))
     print(f"copy {machine['bandwidth'] / 1e9:.0f} GB/s, products {machine['flops'] / 1e12:.3g} TFLOP/s")
-    print("\n".join(f"{name}: not measured: {reason}" for name, reason in absent.items()))
+    for name, reason in absent.items():
+        print(f"{name}: not measured: {reason}")
     print(line(COLUMNS))
     for shape in shapes:
         ops = ["picked"] if shape.kind == "decode" else list(OPS) if "all" in options.ops else options.ops
@@ -372,7 +385,7 @@ def bench(options: argparse.Namespace, shapes: list[Shape]) -> Row:
                     write(record, options.json)
                 if "ms" in row:
                     print(line(cells(row, rows)), flush=True)
-            print("\n".join(tail(rows)), flush=True)
+            print("".join(f"{text}\n" for text in tail(rows)), end="", flush=True)
             del x
             if device == "cuda":
                 torch.cuda.empty_cache()

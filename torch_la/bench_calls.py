@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import explanation, functions
+from . import explanation, functions, ops
 
 
 class Unsupported(Exception):
@@ -54,7 +55,7 @@ def _square(B: int, T: int, H: int, D: int, kind: str = "sequence") -> Shape:
     return Shape(B, T, H, D, D, H, kind)
 
 
-# 64 sequences of 64 to 8192 tokens in 65,536: most of them short, most of the tokens in a few long ones, as in real text
+# 64 sequences of 64 to 8192 tokens in 65,536: most are short, and most of the tokens are in a few long ones
 PACKED = (64,) * 28 + (512,) * 28 + (8192, 8192, 8192, 8192, 6144, 4096, 4096, 2304)
 
 SHAPES = {
@@ -78,6 +79,17 @@ SHAPES = {
     "cpu": [*(_square(1, T, 8, 64) for T in (512, 4096, 16384)), _square(1, 1, 8, 64, "decode")],
 }
 GATES = ("none", "g", "g_gamma", "normalize")
+
+
+def parse(name: str) -> Shape | None:
+    """The shape of that name, listed or not; None for what is no name. Of packed shapes only the listed one has one."""
+    heads, width = r"_H(?P<H>\d+)(_HV(?P<HV>\d+))?", r"_(D(?P<D>\d+)|K(?P<K>\d+)_V(?P<V>\d+))"
+    pattern = rf"(?P<kind>host_|decode_)?B(?P<B>\d+)(_T(?P<T>\d+))?{heads}{width}"
+    found = re.fullmatch(pattern, name)
+    if found is None or (found["kind"] == "decode_") == bool(found["T"]):
+        return None
+    B, T, H, K, V, HV = (int(found[a] or found[b] or 1) for a, b in ("BB", "TT", "HH", "KD", "VD", ("HV", "H")))
+    return Shape(B, T, H, K, V, HV, (found["kind"] or "sequence_")[:-1])
 
 
 @dataclass
@@ -132,7 +144,7 @@ def make(shape: Shape, gate: str, device: str, dtype: torch.dtype) -> Inputs:
     if shape.kind == "decode":
         x.state = torch.rand(B, HV, shape.K, shape.V + x.normalize, device=device)
         return x
-    for leaf in _leaves(x):
+    for leaf in (x.q, x.k, x.v, *(() if x.g is None else (x.g,))):
         leaf.requires_grad_()
     return x
 
@@ -143,19 +155,18 @@ def floors(x: Inputs) -> dict[str, tuple[int, int]]:
     forward: q, k, v and the decay are read, o is written. backward: they and do are read, their gradients written; with
     the normaliser o is read too. decode: the state is read and written.
     """
-    tensors = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "g_gamma": x.g_gamma}
     if x.state is not None:
-        read = sum(t.nbytes for t in (*tensors.values(), x.do, x.state, x.state) if t is not None)
-        return dict.fromkeys(x.shape.modes, (read, 4 * x.state.numel()))
-    plan = explanation.explain(
-        **tensors, cu_seqlens=x.cu_seqlens, normalize=x.normalize, op="chunk", device="cpu"
-    )  # on the CPU: what is counted is the same, and no launcher is asked
+        tensors = (x.q, x.k, x.v, x.do, x.g, x.g_gamma, x.state, x.state)
+        return dict.fromkeys(x.shape.modes, (sum(t.nbytes for t in tensors if t is not None), 4 * x.state.numel()))
+    # device: the count is the same on every one, and on the CPU no launcher is asked
+    options: dict[str, Any] = {"cu_seqlens": x.cu_seqlens, "normalize": x.normalize, "op": "chunk", "device": "cpu"}
+    plan = explanation.explain(x.q, x.k, x.v, x.g, x.g_gamma, **options)
     f, b = plan.forward, plan.backward
     return {"forward": (f.floor, f.flops), "forward+backward": (f.floor + b.floor, f.flops + b.flops)}
 
 
 def _leaves(x: Inputs) -> list[Tensor]:
-    return [t for t in (x.q, x.k, x.v, x.g) if t is not None]
+    return [t for t in (x.q, x.k, x.v, x.g) if t is not None and t.requires_grad]
 
 
 def _head_first(x: Inputs, *others: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -168,7 +179,7 @@ def _head_first(x: Inputs, *others: Tensor) -> tuple[list[Tensor], Tensor]:
     return leaves, x.do.transpose(1, 2).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------------------ this library
+# ------------------------------------------------------------------------------------------------------- this library
 
 OPS = ("chunk", "fused_chunk", "recurrent")
 
@@ -178,25 +189,20 @@ def picked(x: Inputs) -> str:
     if x.shape.kind == "decode":
         return "recurrent_step"
     operator = functions.select(x.q, x.v, x.cu_seqlens)
-    return next(name for name in OPS if getattr(functions.ops, name).operator is operator)
+    return next(name for name in OPS if getattr(ops, name).operator is operator)
 
 
 def ours(name: str, x: Inputs) -> Call:
     if x.state is not None:
-        token = [None if t is None else t[:, 0] for t in (x.q, x.k, x.v, x.g)]
-        q, k, v, g = token
-        state, gamma = x.state, x.g_gamma
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        step = functions.recurrent_step
+        q, k, v, g = x.q[:, 0], x.k[:, 0], x.v[:, 0], None if x.g is None else x.g[:, 0]
+        step, state, gamma = functions.recurrent_step, x.state, x.g_gamma
         return Call(lambda: step(q, k, v, state, g, gamma, normalize=x.normalize).unsqueeze(1), [], x.do)
     op = functions.linear_attention if name == picked(x) else getattr(functions, name)
     options: dict[str, Any] = {"cu_seqlens": x.cu_seqlens, "normalize": x.normalize}
     return Call(lambda: op(x.q, x.k, x.v, x.g, x.g_gamma, **options)[0], _leaves(x), x.do)
 
 
-# ------------------------------------------------------------------------------------------------------------------- peers
+# -------------------------------------------------------------------------------------------------------------- peers
 
 
 def _fla(name: str) -> Callable[[Inputs], Call]:
@@ -233,7 +239,9 @@ def _mamba(x: Inputs) -> Call:
         state = x.state.mT.contiguous()  # [B, HV, V, K]
         wide = dt[:, 0].unsqueeze(-1).expand(-1, -1, x.shape.V)
         A = A.view(-1, 1, 1).expand(-1, x.shape.V, x.shape.K)
-        return Call(lambda: step(state, v[:, 0], wide, A, x.k[:, 0], C[:, 0]).unsqueeze(1), [], x.do)
+        none = torch.zeros_like(A[:, :1, :1]).squeeze(2).expand(-1, x.shape.V)  # for D and dt_bias: 2.3 needs them
+        options = {"D": none, "dt_bias": none}
+        return Call(lambda: step(state, v[:, 0], wide, A, x.k[:, 0], C[:, 0], **options).unsqueeze(1), [], x.do)
     sequence = None
     if x.shape.lengths:
         lengths = torch.tensor(x.shape.lengths, device=v.device)
@@ -296,7 +304,7 @@ def _naive(compiled: bool) -> Callable[[Inputs], Call]:
         if x.gate != "none":
             raise Unsupported("no gates")
         if x.shape.lengths or x.shape.H != x.shape.HV or x.shape.T % 64:
-            raise Unsupported("whole chunks, one head for each, one sequence for each row")
+            raise Unsupported("no packed sequences, grouped heads, or chunks that are not whole")
         form: Callable[..., Tensor] = torch.compile(naive_form, dynamic=False) if compiled else naive_form
         return Call(lambda: form(x.q, x.k, x.v), _leaves(x), x.do)
 
@@ -319,7 +327,8 @@ PEERS: dict[str, tuple[str, Callable[[Inputs], Call]]] = {
 
 def difference(call: Call, right: Tensor) -> float:
     """Relative error of the forward, in the norm, against a right result [B, T, HV, V]."""
-    o = call.run().detach()
-    o = (o.transpose(1, 2) if call.head_first else o).float()
-    error = float((o - right.float()).norm() / right.float().norm())
+    with torch.no_grad():
+        o = call.run()
+        o = (o.transpose(1, 2) if call.head_first else o).float()
+        error = float((o - right.float()).norm() / right.float().norm())
     return error if math.isfinite(error) else math.inf

@@ -93,9 +93,9 @@ class _Plan:
     cu: Tensor
     device: torch.device
     table: Tensor
-    blocks: int = 0  # of a dense sequence, where the backward works in blocks; their slots, and their table
-    block_slots: int = 0
-    block_table: Tensor | None = None
+    block_table: Tensor  # that of the blocks, where the backward works in blocks
+    block_slots: int = 0  # their slots
+    blocks: int = 0  # and those of a dense sequence
 
     @property
     def cut(self) -> bool:
@@ -159,7 +159,7 @@ def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normali
         layout, slots = PACKED_CUT, T // length + N
     plan = _Plan(
         B, T, H, HV, K, V, V + normalize, N, tokens, precision, kind, tile, layout, cuts, length, slots,
-        q if cu is None else cu, q.device, q,
+        q if cu is None else cu, q.device, q, q,
     )  # fmt: skip
     if layout == PACKED_CUT:
         plan.table = _table(plan, length, slots)

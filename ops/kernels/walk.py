@@ -294,9 +294,10 @@ def walk_states(
         xb = operand(rows(b, b_t, t, i, live, m, M, BM), DTYPE, PRECISION)
         xc = operand(rows(c, c_t, t, i, live, n, N, BN), DTYPE, PRECISION)
         if KEEP:
-            tl.store(kept + place.to(tl.int64) * kept_n, S.to(kept.dtype.element_ty), mask=mask)
+            at = tl.cast(place, tl.int64)
+            tl.store(kept + at * kept_n, S.to(kept.dtype.element_ty), mask=mask)
             if NORMALIZE:
-                tl.store(kept_z + place.to(tl.int64) * kept_zn + m, z, mask=z_mask)
+                tl.store(kept_z + at * kept_zn + m, z, mask=z_mask)
         if GATE != 0:
             R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE)
             if MIRROR:
