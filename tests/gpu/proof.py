@@ -11,11 +11,13 @@ tensors; then, alone, the timings. Writes docs/records/gpu_*.json anew into FOLD
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -104,7 +106,19 @@ def main() -> None:
             [*suite, "--only", "extras", "--json", str(logs / "extras.json")], logs / "extras.log", 0
         )
     if "pytest" not in args.skip:
-        command = [sys.executable, "-m", "pytest", "-v", "-rf", "-m", "gpu", "-n", str(args.tests), str(ROOT / "tests")]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "-rf",
+            "--tb=short",
+            "-m",
+            "gpu",
+            "-n",
+            str(args.tests),
+            str(ROOT / "tests"),
+        ]
         command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
         command += [f"--ignore={HERE}", f"--junitxml={logs / 'pytest.xml'}"]
         running["pytest"] = start(command, logs / "pytest.log")
@@ -115,6 +129,9 @@ def main() -> None:
             print(f"{time.time() - begin:5.0f} s  {name}: exit {left.pop(name).returncode}", flush=True)
         time.sleep(0.5)
     for name, process in left.items():
+        process.send_signal(signal.SIGINT)  # pytest then says what failed so far
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20 if name == "pytest" else 1)
         process.kill()
         print(f"ENDED after {args.limit:.0f} s: {name}", flush=True)
 
@@ -150,7 +167,7 @@ def main() -> None:
                 bad += 1
     if "pytest" not in args.skip:
         lines = (logs / "pytest.log").read_text(errors="replace").splitlines()
-        print("\n".join([line for line in lines if " FAILED " in line or " ERROR " in line] + lines[-40:]))
+        print("\n".join([line for line in lines if " FAILED " in line or " ERROR " in line] + lines[-150:]))
         if (logs / "pytest.xml").exists():
             rows = []
             for case in ElementTree.parse(logs / "pytest.xml").getroot().iter("testcase"):
