@@ -427,3 +427,34 @@ def test_errors(call: Callable[[StateCache], Any], error: type[Exception], messa
     with pytest.raises(error, match=message):
         call(cache)
     assert torch.equal(cache.state, before)
+
+
+def test_nothing_stays_of_a_dropped_token() -> None:
+    """Not even of one that is infinite."""
+    cache = StateCache(2, 1, 2, 2, draft=3)
+    k = torch.ones(2, 3, 1, 2)
+    v = k.clone()
+    v[:, 2] = torch.inf
+    cache.verify(k, k, v)
+    cache.accept(torch.tensor([1, 1]))
+    assert cache.state.isfinite().all()
+    assert cache.draft_v.isfinite().all()
+
+
+def test_verify_is_attend_under_autocast() -> None:
+    first, second = (StateCache(1, 1, 4, 4, draft=4) for _ in range(2))
+    q, k, v = (torch.randn(1, 4, 1, 4) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        first.attend(q, k, v)
+        second.verify(q, k, v)
+        second.accept(torch.tensor([4]))
+    assert first.state.any()
+    torch.testing.assert_close(first.state, second.state, rtol=1e-6, atol=1e-6)
+
+
+def test_reorder_knows_only_the_slots() -> None:
+    cache = StateCache(1, 1, 4, 4)
+    with pytest.raises(IndexError):
+        cache.reorder(torch.tensor([1]))
+    with pytest.raises(IndexError):
+        cache.reorder(torch.tensor([0]), targets=torch.tensor([1]))

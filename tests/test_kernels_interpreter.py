@@ -46,6 +46,8 @@ CASES: dict[str, Case] = {
     "float16, strong decay, reverse": dict(dtype="fp16", gate="strong", segment=16, reverse=True, state=False),
     "float16, segments, normalised": dict(dtype="fp16", segment=16, normalize=True),
     "normalised": dict(normalize=True, B=2, H=1, HV=2),
+    "normalised, o in other strides": dict(normalize=True, B=2, HV=2, folded=True),
+    "a whole number for a scale": dict(scale=1, T=20),
     "normalised, ungated": dict(normalize=True, gate="none"),
     "normalised, head gate, reverse": dict(normalize=True, gate="gamma", reverse=True),
     "normalised, no states": dict(normalize=True, state=False, dfinal=False),
@@ -178,8 +180,11 @@ def run(options: Case) -> dict[str, float]:
     if case["chunk"]:
         tiles.override |= {name: tiles.Tile(case["chunk"], 16, 4, 1) for name in ("forward", "backward")}
     mine, S = launch.forward(case["op"], q, k, v, g, gamma, S0, True, cu, *flags)
+    saved = mine if normalize else None
+    if case.get("folded"):
+        saved = mine.transpose(1, 2).contiguous().transpose(1, 2)
     grads = launch.backward(
-        case["op"], q, k, v, g, gamma, S0, cu, *flags, mine if normalize else None, do, dS1,
+        case["op"], q, k, v, g, gamma, S0, cu, *flags, saved, do, dS1,
         not case.get("fixed"),
     )  # fmt: skip
     got = {"o": mine, "S": S} | dict(zip(["dq", "dk", "dv", "dg", "dgamma", "dS0"], grads, strict=True))

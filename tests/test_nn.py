@@ -434,3 +434,30 @@ def test_too_many_features_for_cuda() -> None:
     layer = LinearAttention(88, 4, feature_map="taylor", device="cuda")
     with pytest.raises(ValueError, match="at most 256 features on CUDA: got 276 features of head_dim=22"):
         layer(torch.zeros(1, 3, 88, device="cuda"))
+
+
+def test_a_fixed_decay_is_where_the_weights_are() -> None:
+    with torch.device("meta"):
+        layer = LinearAttention(16, 2, decay="retnet")
+    assert layer.g_gamma.device == layer.q_proj.weight.device
+
+
+def test_padding_may_be_nan() -> None:
+    layer = LinearAttention(16, 2, decay="data")
+    x = torch.randn(1, 4, 16)
+    x[0, 3] = torch.nan
+    layer(x, torch.tensor([[1, 1, 1, 0]])).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "given", [feature_maps.dpfp, torch.relu, feature_maps.Hedgehog(8, 2)], ids=["map", "op", "module"]
+)
+def test_a_map_in_the_place_of_what_makes_one(given: Any) -> None:
+    with pytest.raises(TypeError, match="feature_map must be a name or a function"):
+        LinearAttention(16, 2, feature_map=given)
+
+
+def test_a_map_of_another_width() -> None:
+    with pytest.raises(ValueError, match="feature_map must return a map of width 8"):
+        LinearAttention(16, 2, feature_map=lambda width, heads: feature_maps.Dpfp(4, heads))

@@ -9,6 +9,7 @@ operators, and `recurrent_step_`. It touches no GPU and imports no Triton. What 
 - `normalize_output`: the normaliser as a function of its own
 - `nn`*: the layer; `feature_maps`*: what stands in for the softmax; `generation`*: states of fixed size for it
 - `layers`*: layers of Hugging Face models with these operators, for `integrations.transformers` and the kernels hub
+- `compat`*, `integrations`*: other libraries' functions and models
 - `explain`*: what a call would run, without running it
 - `decay`: the fixed decays of real checkpoints, by name
 - `reference`: the definition in plain PyTorch
@@ -22,17 +23,19 @@ from .functions import chunk, fused_chunk, linear_attention, normalize_output, r
 from .ops import reference
 
 if TYPE_CHECKING:
-    from . import feature_maps, generation, layers, nn
+    from . import compat, feature_maps, generation, integrations, layers, nn
     from .explanation import explain
 
 __version__ = "0.1.0"
 __all__ = [
     "chunk",
+    "compat",
     "decay",
     "explain",
     "feature_maps",
     "fused_chunk",
     "generation",
+    "integrations",
     "layers",
     "linear_attention",
     "nn",
@@ -47,7 +50,7 @@ def __getattr__(name: str) -> Any:
     """Imports what most programs do not need when it is first asked for."""
     if name == "explain":
         value = import_module(".explanation", __name__).explain
-    elif name in ("feature_maps", "generation", "layers", "nn"):
+    elif name in ("compat", "feature_maps", "generation", "integrations", "layers", "nn"):
         value = import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,7 +52,8 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2 (Primer, https://arxiv.org/abs/2109.08668). float16 overflows from x = 256 on."""
-    return x.relu().square()
+    r = x.relu()
+    return r * r  # square() is a power, which autocast on CUDA would run in float32
 
 
 def dpfp(x: Tensor, nu: int = 1) -> Tensor:

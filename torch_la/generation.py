@@ -137,6 +137,7 @@ class StateCache(nn.Module):
             ValueError, TypeError: as in the operators, and where the shapes are not those of this cache.
             RuntimeError: an input requires a gradient.
         """
+        q, k, v = self._autocast(q, k, v)
         rows = self._check(q, k, v, g, g_gamma, slots, cu_seqlens)
         if cu_seqlens is None and q.shape[1] == 1:
             # the pool without its last row: a slot outside of it is skipped
@@ -176,6 +177,7 @@ class StateCache(nn.Module):
         The tokens are remembered until `accept` says how many of them hold. A verify that is not accepted leaves no
         trace: the next one takes its place. Arguments and errors as in `attend`.
         """
+        q, k, v = self._autocast(q, k, v)
         rows = self._check(q, k, v, g, g_gamma, slots, None)
         B, tokens, HV = v.shape[:3]
         if tokens > self.draft:
@@ -208,13 +210,14 @@ class StateCache(nn.Module):
         Raises:
             ValueError, TypeError: a wrong shape, dtype or device.
         """
+        checks.tensors(slots_or_None=slots)
         B = self.slots if slots is None else slots.shape[0]
         self._check_slots(slots, B)
         _check_indices("counts", counts, B, self.state.device)
         rows = self._rows(slots)
         k, v, g = (self._read(buffer, rows) for buffer in (self.draft_k, self.draft_v, self.draft_g))
         dropped = torch.arange(self.draft, device=counts.device) >= counts[:, None]
-        k = k.masked_fill(dropped[..., None, None], 0)
+        k, v = (x.masked_fill(dropped[..., None, None], 0) for x in (k, v))  # v too: 0 times inf is not 0
         g = g.masked_fill(dropped[..., None], 0)
         with torch.autocast(self.state.device.type, enabled=False):
             # k in the place of q: the outputs are not wanted
@@ -226,7 +229,7 @@ class StateCache(nn.Module):
             )
         assert final is not None
         self._write(self.state, rows, final)
-        for buffer in (self.draft_k, self.draft_g):  # accepted once is enough
+        for buffer in (self.draft_k, self.draft_v, self.draft_g):  # accepted once is enough
             self._write(buffer, rows, torch.zeros_like(self._read(buffer, rows)))
 
     # ----------------------------------------------------------------------------------------------------------- slots
@@ -250,11 +253,12 @@ class StateCache(nn.Module):
         if targets is not None:
             _check_indices("targets", targets, n, self.state.device)
         for buffer in self.buffers():
-            moved = buffer.index_select(0, sources)
+            pool = buffer[: self.slots]  # without the last row, which is nobody's
+            moved = pool.index_select(0, sources)
             if targets is None:
-                buffer[:n].copy_(moved)
+                pool[:n].copy_(moved)
             else:
-                buffer.index_copy_(0, targets.long(), moved)
+                pool.index_copy_(0, targets.long(), moved)
 
     def reset(self, slots: Tensor | None = None) -> None:
         """Empties slots [n], or all of them: the next token there is the first of a sequence."""
@@ -268,6 +272,15 @@ class StateCache(nn.Module):
                 buffer.index_fill_(0, rows, 0)
 
     # --------------------------------------------------------------------------------------------------------- private
+
+    def _autocast(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """In an autocast region, what the operators would make of q, k and v: here it must also be what is kept."""
+        device = self.state.device.type
+        if not all(isinstance(x, Tensor) for x in inputs) or not torch.is_autocast_enabled(device):
+            return inputs
+        dtype = torch.get_autocast_dtype(device)
+        low = (torch.float32, torch.bfloat16, torch.float16)
+        return tuple(x.to(dtype) if x.dtype in low else x for x in inputs)
 
     def _rows(self, slots: Tensor | None) -> Tensor | None:
         """The row of each slot; the last row for slots outside the pool."""

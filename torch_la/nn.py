@@ -136,7 +136,9 @@ class LinearAttention(nn.Module):
         fixed = _fixed_decay(decay, HV, layer, layers)
         # the values themselves, so that they survive casts, to_empty() and meta devices: see _apply
         self._fixed: list[float] | None = None if fixed is None else fixed.tolist()
-        self.register_buffer("g_gamma", None if fixed is None else fixed.to(device), persistent=False)
+        self.register_buffer(
+            "g_gamma", None if fixed is None else fixed.to(self.q_proj.weight.device), persistent=False
+        )
         self.decay_proj = nn.Linear(d_model, HV, **where) if self.decay == "data" else None
         self.decay_log = nn.Parameter(torch.empty(HV, **where)) if self.decay == "learnable" else None
         self.reset_parameters()
@@ -182,13 +184,15 @@ class LinearAttention(nn.Module):
             RuntimeError: a gradient is wanted and a cache is given.
         """
         self._check(x, attention_mask, cu_seqlens, cache, slots, verify)
+        padding = None
+        if attention_mask is not None:
+            padding = (attention_mask == 0).unsqueeze(-1)  # [B, T, 1]
+            x = x.masked_fill(padding, 0)  # what stands there may be NaN, and would reach the gradients of the weights
         q = self.feature_map_q(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
         k = self.feature_map_k(self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
         v = self.v_proj(x).unflatten(-1, (self.num_value_heads, self.value_head_dim))
         g, g_gamma = self._decays(x)
-        padding = None
-        if attention_mask is not None:
-            padding = (attention_mask == 0).unsqueeze(-1)  # [B, T, 1]
+        if padding is not None:
             # after the feature map, which need not map 0 to 0; v too, since 0 times inf would be NaN
             k, v = (y.masked_fill(padding.unsqueeze(-1), 0) for y in (k, v))
             if g_gamma is not None:
@@ -291,9 +295,19 @@ def _feature_map(
         return feature_maps.by_name(feature_map, width, heads, **where)
     if not callable(feature_map):
         raise TypeError(f"feature_map must be a name or a function of (head_dim, num_heads): got {feature_map!r}")
-    made = feature_map(width, heads)
+    try:
+        made = feature_map(width, heads)
+    except (TypeError, AttributeError) as problem:  # the map itself, say, instead of what makes one
+        raise TypeError(
+            "feature_map must be a name or a function (head_dim, num_heads) -> torch_la.feature_maps.FeatureMap: "
+            f"got {feature_map!r}"
+        ) from problem
     if not isinstance(made, FeatureMap):
         raise TypeError(f"feature_map must return a torch_la.feature_maps.FeatureMap: got {type(made).__name__}")
+    if (made.width, made.heads) != (width, heads):
+        raise ValueError(
+            f"feature_map must return a map of width {width} and {heads} heads: got {made.width=}, {made.heads=}"
+        )
     return made.to(**where)
 
 

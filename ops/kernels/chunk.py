@@ -1,7 +1,7 @@
 """The kernels around the pass: forward, backward (three roles in one launch), states of segments, the normaliser.
 
     B batch   T time   H key heads   HV value heads   K key width   V value width   N sequences
-    W state columns: V, or V + 1 with the normaliser      G cumulative gates [B * HV, T] (gates.py)
+    W state columns: V, or V + 1 with the normaliser      G cumulative gates [B * HV, T] (gate_sums)
 
 A sequence is cut into segments ("slots"), each walked by its own programs from the state in which it starts:
 
@@ -9,7 +9,7 @@ A sequence is cut into segments ("slots"), each walked by its own programs from 
     LAYOUT 1  packed, every sequence one segment: slot n is [cu[n], cu[n + 1])
     LAYOUT 2  packed, cut: table[slot] is the sequence n, whose slots begin at cu[n] // L + n. Some slots stay empty.
 
-The backward with gradients of gates works on blocks of one chunk. They are slots too, with L = C.
+What works in blocks (docs/kernels) has blocks of one chunk. They are slots too, with L = C.
 
 Program ids: output tile fastest, then head, then slot, all on grid axis x (the others end at 65,535). So the programs
 that read the same tokens run together, and share them through L2.
@@ -140,7 +140,7 @@ def forward(
     s_n, s_h, s_k, s_v,
     S1,  # [slots, HV, K, W] out, contiguous
     cu,  # [N + 1]
-    table,  # [slots, 2]
+    table,  # [slots] the sequence of each
     T, N, H, HV, cuts, L, slots, scale,
     EPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_S0: tl.constexpr, HAS_S1: tl.constexpr,
@@ -158,7 +158,7 @@ def forward(
     n = n0 + tl.arange(0, BN)
     S0 += slot * s_n + h * s_h
     S = load_state(S0, used, m, n, s_k, s_v, K, V, HAS_S0, BK, BN)
-    z = load_z(S0 + V * s_v, used, m, s_k, K, HAS_S0 and NORMALIZE, BK)
+    z = load_z(S0 + V * tl.cast(s_v, tl.int64), used, m, s_k, K, HAS_S0 and NORMALIZE, BK)
     hk = h // (HV // H)
     o += (batch * T * HV + h) * V
     q += batch * q_b + hk * q_h
@@ -281,7 +281,7 @@ def boundaries(
     if direction == 0:
         S0 += slot * s_n + h * s_h
         S = load_state(S0, used, m, n, s_k, s_v, K, V, HAS_S0, BK, BN)
-        z = load_z(S0 + V * s_v, used, m, s_k, K, HAS_S0 and NORMALIZE, BK)
+        z = load_z(S0 + V * tl.cast(s_v, tl.int64), used, m, s_k, K, HAS_S0 and NORMALIZE, BK)
         S, z, _ = go(
             k + batch * k_b + hk * k_h, k_t, v + batch * v_b + h * v_h, v_t, G + row, gamma2, rden, dden, S, z, 0.0,
             kept, kept_z, HV * K * V, HV * K, t0, t1, 0, n0,
@@ -290,7 +290,7 @@ def boundaries(
     else:
         dS1 += slot * d_n + h * d_h
         dS = load_state(dS1, used, m, n, d_k, d_v, K, V, HAS_DS1, BK, BN) * d_scale
-        dz = load_z(dS1 + V * d_v, used, m, d_k, K, HAS_DS1 and NORMALIZE, BK) * d_scale
+        dz = load_z(dS1 + V * tl.cast(d_v, tl.int64), used, m, d_k, K, HAS_DS1 and NORMALIZE, BK) * d_scale
         due = 0.0
         if GATE != 0 and not TOKENS:
             _, due = owed(G + row, gamma2, t0, t1, begin, end, GATE, REVERSE)

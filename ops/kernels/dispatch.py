@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
+MOST = 4096  # calls that a kernel remembers: the key has all strides, so each length is a call of its own
+
 
 class Kernel:
     """A Triton kernel whose run-time parameters come first and are passed by position; its constants by name."""
@@ -32,8 +34,9 @@ class Kernel:
         return functools.partial(self.run, grid)
 
     def learn(self, args: tuple[Any, ...]) -> None:
-        """Every call passes the same kinds of arguments."""
-        kinds: dict[str, list[int]] = {"tensors": [], "special": [], "plain": []}
+        """Every call passes the same kinds of arguments: a number that is a float once is a float always."""
+        # (`tensors` last: another thread takes it as the sign that all are there)
+        kinds: dict[str, list[int]] = {"special": [], "plain": [], "tensors": []}
         for i, (x, p) in enumerate(zip(args, self.fn.params, strict=False)):
             if isinstance(x, torch.Tensor):
                 kinds["tensors"].append(i)
@@ -60,6 +63,8 @@ class Kernel:
             return
         compiled = self.fn[grid](*args, **options)
         if hasattr(compiled, "function"):  # (a dry run returns nothing of the kind)
+            if len(self.compiled) >= MOST:
+                self.compiled.clear()
             self.compiled[key] = compiled
 
 

@@ -293,6 +293,7 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state. `op` in {"chunk", "fused_chunk", "recurrent"}."""
+    scale = float(scale)  # (dispatch.py: a kernel must always get the same kind of number)
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     W = V + normalize
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -346,6 +347,7 @@ def backward(
     gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv, dg, dg_gamma, dinitial_state."""
+    scale = float(scale)
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     W = V + normalize
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -369,6 +371,7 @@ def backward(
         dq, dk, dv, dg, dgamma, dS0 = backward(*args, o, do, dfinal_state, gate_grad)
         return dq.zero_(), dk, dv, dg, dgamma, dS0
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+    o = None if o is None else o.contiguous()  # our own, but a vmap may have folded it into another shape
     g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
     groups = HV // H
     with _on(q):
@@ -396,8 +399,8 @@ def backward(
             kept = _Kept(plan, q, k, v, do, gate, normalize, reverse, scale)
             if normalize:
                 kept.walk(start, dend, None, d_scale, None, first=0, directions=1)
-                both = torch.empty(2, B * HV, T, dtype=torch.float32, device=device)
-                weights = both[0], both[1]
+                rden, dden = (torch.empty(B * HV, T, dtype=torch.float32, device=device) for _ in range(2))
+                weights = rden, dden
                 _normaliser[(HV * slots,)](
                     q, *q.stride()[:3], k, *k.stride()[:3], o, do, *do.stride()[:3], _or(R, q), _or(g_gamma, q),
                     kept.z, *weights, plan.cu, table, T, H, HV, cuts, scale,
@@ -459,6 +462,7 @@ def step_(
     normalize: bool,
 ) -> Tensor:
     """One token for every row of q; `state` is updated in place."""
+    scale = float(scale)
     (B, H, K), (HV, V) = q.shape, v.shape[1:]
     o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
     if q.numel() == 0 or v.numel() == 0:

@@ -50,7 +50,7 @@ def step(
     state += slot * s_n + h * s_h
     rden = 1.0
     if NORMALIZE:
-        pz = state + m.to(tl.int64) * s_k + V * s_v
+        pz = state + m.to(tl.int64) * s_k + V * tl.cast(s_v, tl.int64)
         z = tl.load(pz, mask=(m < K) & valid, other=0.0) * gain + xk
         tl.store(pz, z, mask=(m < K) & valid)
         rden = 1.0 / (tl.sum(xq * z, 0) + EPS)

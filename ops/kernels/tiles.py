@@ -3,7 +3,7 @@
 Rows are [chunk, block, warps, stages] or [chunk, block, warps, stages, registers], keyed by kernel, by how products
 are computed ("half" for bfloat16 and float16, "tf32" and "ieee" for float32; "+blocks": a backward in blocks)
 and by the largest width that a row is for. A chunk of 1 means token by token, in exact float32, without matrix units.
-The chunk of "states" is that of the backward.
+The chunk of "states" is not read: it is that of the kernel they serve.
 """
 
 from __future__ import annotations

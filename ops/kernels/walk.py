@@ -4,7 +4,7 @@
     LA~(a, b, c):  S_t = exp(g_{t+1}) S_{t+1} + b_t c_t^T    out_t = a_t S_t        anticausal ("mirrored")
     o = s LA(q, k, v)   dq = s LA(do, v, k)   dv = s LA~(k, q, do)   dk = s LA~(v, do, q)      s = scale
 
-dq and dk hold the state transposed: it is loaded and stored with swapped strides, because transposing the result of a
+dq and dk hold the state transposed: it is loaded with swapped strides, because transposing the result of a
 matrix product is miscompiled on Hopper (Triton 3.4.0 to 3.7.0). Only tiles fresh from memory are transposed here.
 The mirrored state is held divided by s, so that one factor s on the output serves all four roles.
 
@@ -19,8 +19,9 @@ The mirrored state owes the decay of the token that it reached last: that factor
 reads the state. So U = exp2(R_j - R_first) has a 1 in it, as in LA, and U c stays in the range of float16. Where a
 mirrored state is written to memory between two segments, the reader finds the gate of that token again.
 
-Exponents are differences under the causal mask: nothing overflows, however strong the decay. Where it is mild, the
-forward takes a cheaper form with exp2(-R): see `walk_safely`.
+Exponents are differences under the causal mask: nothing overflows, however strong the decay. (Those of pairs off the
+mask may; the mask must come after them.) Where it is mild, the forward takes a cheaper form with exp2(-R): see
+`walk_safely`.
 
 The normaliser is one more value column that is always 1: its state z [K] is float32, its gradient column is dden.
 With rden = 1 / (s q.z + eps), the gradient of the numerator is do * rden; that factor goes onto P, D and U in float32,

@@ -5,3 +5,13 @@
 
 Same arguments, defaults and results; docs/moving lists every difference. Neither library needs to be installed.
 """
+
+from importlib import import_module
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports a module when it is first asked for."""
+    if name not in ("fla", "mamba"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f".{name}", __name__)
