@@ -120,7 +120,9 @@ def _checked_forward(kernel: Kernel) -> Kernel:
         reverse: bool,
     ) -> Forward:
         checks.attention(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        scale = float(
+            q.shape[3] ** -0.5 if scale is None else scale
+        )  # as the schema makes of it; eager calls pass it by
         return kernel(q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
 
     return forward
@@ -144,7 +146,9 @@ def _checked_backward(kernel: Kernel) -> Kernel:
         gate_grad: bool,
     ) -> Gradients:
         checks.backward(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize, o, do, dfinal_state)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        scale = float(
+            q.shape[3] ** -0.5 if scale is None else scale
+        )  # as the schema makes of it; eager calls pass it by
         return kernel(
             q, k, v, g, g_gamma, initial_state, cu_seqlens, scale, normalize, reverse, o, do, dfinal_state, gate_grad
         )

@@ -39,7 +39,7 @@ def _checked(kernel: Kernel) -> Kernel:
         normalize: bool,
     ) -> Tensor:
         checks.step(q, k, v, state, g, g_gamma, state_indices, normalize)
-        scale = q.shape[2] ** -0.5 if scale is None else scale
+        scale = float(q.shape[2] ** -0.5 if scale is None else scale)
         return kernel(q, k, v, state, g, g_gamma, state_indices, scale, normalize)
 
     return step

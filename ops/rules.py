@@ -120,6 +120,10 @@ _CAST = ("q", "k", "v", "o", "do")
 _LOW = (torch.float32, torch.bfloat16, torch.float16)  # autocast leaves float64 alone
 
 
+def autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.dtype in _LOW else x
+
+
 def autocast_kernel(op: torch._ops.OpOverload, device: str, forward: bool) -> Kernel:
     """q, k, v in the autocast dtype. The backward runs in the dtypes of its forward: only o and do follow v."""
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
@@ -132,8 +136,8 @@ def autocast_kernel(op: torch._ops.OpOverload, device: str, forward: bool) -> Ke
         changed = list(inputs)
         dtype = torch.get_autocast_dtype(device) if forward else inputs[like].dtype
         for i in () if _uncast.get() else cast:
-            if changed[i] is not None and changed[i].dtype in _LOW:
-                changed[i] = changed[i].to(dtype)
+            if changed[i] is not None:
+                changed[i] = autocast(changed[i], dtype)
         with private.exclude_keys(keys):
             return op(*changed)
 

@@ -47,7 +47,6 @@ CASES: dict[str, Case] = {
     "float16, segments, normalised": dict(dtype="fp16", segment=16, normalize=True),
     "normalised": dict(normalize=True, B=2, H=1, HV=2),
     "normalised, o in other strides": dict(normalize=True, B=2, HV=2, folded=True),
-    "a whole number for a scale": dict(scale=1, T=20),
     "normalised, ungated": dict(normalize=True, gate="none"),
     "normalised, head gate, reverse": dict(normalize=True, gate="gamma", reverse=True),
     "normalised, no states": dict(normalize=True, state=False, dfinal=False),

@@ -11,10 +11,16 @@ from torch.testing._internal.optests import generate_tests, make_fx_check
 import torch_la
 from cases import NAMES, Case, cases
 from torch_la import ops
+from torch_la.ops import operator, recurrent_step
 
 UTILITIES = list(generate_tests.ALL_TEST_UTILS)
 SHORT = [0, 1, 2, 5, 66]
 EXAMPLES = max(6, settings().max_examples // 4)  # each runs some ten traces
+
+
+def short_cases(device: str) -> st.SearchStrategy[Case]:
+    # opcheck copies its arguments, and asks for a negative size where two dimensions are empty (PyTorch 2.11 to 2.15).
+    return cases(device, lengths=SHORT).filter(lambda case: case.B > 0 or case.T > 0)
 
 
 def forward_arguments(case: Case, device: str, grad: bool) -> tuple[Any, ...]:
@@ -60,7 +66,7 @@ def test_the_utilities_are_those_torch_has() -> None:
 @settings(max_examples=EXAMPLES)
 @given(data=st.data(), grad=st.booleans())
 def test_forward(name: str, device: str, grad: bool, data: st.DataObject) -> None:
-    case = data.draw(cases(device, lengths=SHORT))
+    case = data.draw(short_cases(device))
     opcheck(getattr(ops, name).operator.forward, forward_arguments(case, device, grad), case.dtype)
 
 
@@ -68,7 +74,7 @@ def test_forward(name: str, device: str, grad: bool, data: st.DataObject) -> Non
 @settings(max_examples=EXAMPLES)
 @given(data=st.data(), grad=st.booleans(), gate_grad=st.booleans())
 def test_backward(name: str, device: str, grad: bool, gate_grad: bool, data: st.DataObject) -> None:
-    case = data.draw(cases(device, lengths=SHORT))
+    case = data.draw(short_cases(device))
     arguments = backward_arguments(case, device, grad, gate_grad)
     opcheck(getattr(ops, name).operator.backward, arguments, case.dtype)
 
@@ -94,7 +100,22 @@ def test_step(device: str, pool: bool, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_make_fx(name: str, mode: str, device: str, data: st.DataObject) -> None:
     """What the tracer records gives the same numbers: forward and backward operators, and the step."""
-    case = data.draw(cases(device, lengths=SHORT))
+    case = data.draw(short_cases(device))
     operator = getattr(ops, name).operator
     make_fx_check(operator.forward, forward_arguments(case, device, False), {}, mode)
     make_fx_check(operator.backward, backward_arguments(case, device, False, True), {}, mode)
+
+
+def test_a_kernel_gets_a_float_for_a_scale() -> None:
+    """Eager calls go around the schema, which would turn an integer into one; Triton compiles for a type."""
+    scales: list[Any] = []
+    q = torch.randn(1, 3, 1, 2)
+    rest = (q, q, None, None, None)
+    operator._checked_forward(lambda *inputs: scales.append(inputs[8]))(q, *rest, False, None, 2, False, False)
+    operator._checked_backward(lambda *inputs: scales.append(inputs[7]))(
+        *(q, *rest, None, 2, False, False, None, q, None, False)
+    )
+    state, x = torch.zeros(1, 1, 2, 2), q[:, 0]
+    recurrent_step._checked(lambda *inputs: scales.append(inputs[7]))(x, x, x, state, None, None, None, 2, False)
+    assert scales == [2, 2, 2]
+    assert all(type(scale) is float for scale in scales)

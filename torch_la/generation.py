@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .functions import linear_attention, recurrent, recurrent_step
+from .ops import rules
 
 
 class StateCache(nn.Module):
@@ -278,9 +279,7 @@ class StateCache(nn.Module):
         device = self.state.device.type
         if not all(isinstance(x, Tensor) for x in inputs) or not torch.is_autocast_enabled(device):
             return inputs
-        dtype = torch.get_autocast_dtype(device)
-        low = (torch.float32, torch.bfloat16, torch.float16)
-        return tuple(x.to(dtype) if x.dtype in low else x for x in inputs)
+        return tuple(rules.autocast(x, torch.get_autocast_dtype(device)) for x in inputs)
 
     def _rows(self, slots: Tensor | None) -> Tensor | None:
         """The row of each slot; the last row for slots outside the pool."""

@@ -28,15 +28,21 @@ def offset(cu, n, T):
 
 
 @triton.jit
+def bounds(cu, n, T):
+    """First token and end of a packed sequence."""
+    begin = offset(cu, n, T)
+    return begin, tl.maximum(offset(cu, n + 1, T), begin)
+
+
+@triton.jit
 def segment(slot, cu, table, T, cuts, L, LAYOUT: tl.constexpr):
-    """Sequence and batch row of a slot, its first token and end, and those of the sequence."""
+    """Sequence and batch row of a slot, or of several; its first token and end, and those of the sequence."""
     if LAYOUT == 0:
         begin = slot * 0
         t0 = slot % cuts * L
         return slot // cuts, slot // cuts, t0, tl.minimum(t0 + L, T), begin, begin + T
     n = slot if LAYOUT == 1 else tl.load(table + slot).to(tl.int64)
-    begin = offset(cu, n, T)
-    end = tl.maximum(offset(cu, n + 1, T), begin)
+    begin, end = bounds(cu, n, T)
     if LAYOUT == 1:
         return n, slot * 0, begin, end, begin, end
     number = slot - begin // L - n  # of the segment; negative in slots before the first sequence
@@ -179,7 +185,7 @@ def forward(
         zero_outside(o, HV * V, cu, T, N, slot, slots, n0, V, BN)
 
 
-@triton.jit(do_not_specialize=["T", "N", "cuts", "L"])
+@triton.jit(do_not_specialize=["T", "cuts", "L"])
 def local_state(
     k,  # [B, T, H, K]  (MIRROR: q)
     k_b, k_t, k_h,
@@ -188,35 +194,33 @@ def local_state(
     G, gamma, rden, dden,
     states,  # [slots, HV, K, W] out: what each segment adds to the state
     decay,  # [slots, HV] out: log2-decay of each segment; mirrored states owe that of a first token, not of their own
-    cu, table, T, N, H, HV, cuts, L,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    cu, table, T, H, HV, cuts, L,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, MIRROR: tl.constexpr, NORMALIZE: tl.constexpr,
     LAYOUT: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to the state."""
     DUE: tl.constexpr = MIRROR and GATE != 0 and not TOKENS
-    COLUMNS: tl.constexpr = (V + BN - 1) // BN
-    TILES: tl.constexpr = (K + BM - 1) // BM * COLUMNS
+    TILES: tl.constexpr = (V + BN - 1) // BN
     W: tl.constexpr = V + NORMALIZE
     pid = tl.program_id(0)
-    m0 = pid % TILES // COLUMNS * BM
-    n0 = pid % COLUMNS * BN
+    n0 = pid % TILES * BN
     h = (pid // TILES % HV).to(tl.int64)
     slot = (pid // TILES // HV).to(tl.int64)
     _, batch, t0, t1, begin, end = segment(slot, cu, table, T, cuts, L, LAYOUT)
     if t0 >= t1:
         return
-    m = m0 + tl.arange(0, BM)
+    m = tl.arange(0, BK)
     n = n0 + tl.arange(0, BN)
     row = (batch * HV + h) * T
     hk = h // (HV // H)
     k += batch * k_b + hk * k_h
     v += batch * v_b + h * v_h
-    S, z = tl.zeros([BM, BN], tl.float32), tl.zeros([BM], tl.float32)
+    S, z = tl.zeros([BK, BN], tl.float32), tl.zeros([BK], tl.float32)
     go: tl.constexpr = walk_states_tokens if TOKENS else walk_states
     S, z, _ = go(
         k, k_t, v, v_t, G + row, head_gate(gamma, h, GATE), rden + row, dden + row, S, z, 0.0, states, states, 0, 0,
-        t0, t1, m0, n0, K, V, BM, BN, C, MIRROR, GATE, REVERSE, NORMALIZE, False, PRECISION,
+        t0, t1, n0, K, V, BK, BN, C, MIRROR, GATE, REVERSE, NORMALIZE, False, PRECISION,
     )  # fmt: skip
     states += (slot * HV + h) * K * W
     p, mask = state_tile(states, m, n, W, 1, K, V)
@@ -284,7 +288,7 @@ def boundaries(
         z = load_z(S0 + V * tl.cast(s_v, tl.int64), used, m, s_k, K, HAS_S0 and NORMALIZE, BK)
         S, z, _ = go(
             k + batch * k_b + hk * k_h, k_t, v + batch * v_b + h * v_h, v_t, G + row, gamma2, rden, dden, S, z, 0.0,
-            kept, kept_z, HV * K * V, HV * K, t0, t1, 0, n0,
+            kept, kept_z, HV * K * V, HV * K, t0, t1, n0,
             K, V, BK, BN, C, False, GATE, REVERSE, NORMALIZE, True, PRECISION,
         )  # fmt: skip
     else:
@@ -296,7 +300,7 @@ def boundaries(
             _, due = owed(G + row, gamma2, t0, t1, begin, end, GATE, REVERSE)
         dS, dz, due = go(
             q + batch * q_b + hk * q_h, q_t, do + batch * do_b + h * do_h, do_t, G + row, gamma2, rden + row,
-            dden + row, dS, dz, due, kept + size, kept_z + z_size, HV * K * V, HV * K, t0, t1, 0, n0,
+            dden + row, dS, dz, due, kept + size, kept_z + z_size, HV * K * V, HV * K, t0, t1, n0,
             K, V, BK, BN, C, True, GATE, REVERSE, NORMALIZE, True, PRECISION,
         )  # fmt: skip
         if HAS_DS0:

@@ -131,7 +131,9 @@ def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normali
     kind = "half"
     if q.dtype == torch.float32:
         kind = precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tile = tiles.tile("tokens" if op == "recurrent" else kernel, kind + "+blocks" * in_blocks, K, V)
+    tile = tiles.tile(
+        "tokens" if op == "recurrent" else kernel, kind + "+blocks" * in_blocks + "+norm" * normalize, K, V
+    )
     tokens = tile.chunk == 1
     N = B if cu is None else cu.shape[0] - 1
     # cut so that about two programs run on every multiprocessor
@@ -216,12 +218,12 @@ def _segment_states(
     states = plan.states()
     decay = torch.empty(plan.slots, plan.HV, dtype=torch.float32, device=k.device) if kind else states
     tile = plan.states_tile
-    BM, BN = plan.rows(plan.K), plan.columns(plan.V, tile)
+    BN = plan.columns(plan.V, tile)
     rden, dden = weights or (k, k)
     _local_state[(_ceil(plan.V, BN) * plan.HV * plan.slots,)](
         k, *k.stride()[:3], v, *v.stride()[:3], _or(R, k), _or(gamma, k), rden, dden, states, decay,
-        plan.cu, plan.table, plan.T, plan.N, plan.H, plan.HV, plan.cuts, plan.length,
-        K=plan.K, V=plan.V, BM=BM, BN=BN, C=plan.C, GATE=kind,
+        plan.cu, plan.table, plan.T, plan.H, plan.HV, plan.cuts, plan.length,
+        K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=kind,
         REVERSE=reverse, MIRROR=mirror, NORMALIZE=normalize, LAYOUT=plan.layout, TOKENS=plan.tokens,
         PRECISION=plan.precision, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
@@ -293,7 +295,6 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """o and the final state. `op` in {"chunk", "fused_chunk", "recurrent"}."""
-    scale = float(scale)  # (dispatch.py: a kernel must always get the same kind of number)
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     W = V + normalize
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -347,7 +348,6 @@ def backward(
     gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv, dg, dg_gamma, dinitial_state."""
-    scale = float(scale)
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     W = V + normalize
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -430,7 +430,7 @@ def backward(
             NORMALIZE=normalize, RHO=rho_wanted, HAS_S0=start is not None, HAS_DS1=dend is not None,
             HAS_DS0=dstart is not None, LAYOUT=layout, BLOCKS=plan.blocks > 0, TOKENS=plan.tokens,
             PRECISION=plan.precision, num_warps=plan.tile.warps, num_stages=plan.tile.stages,
-            maxnreg=168 if normalize and plan.tile.registers else plan.tile.registers,  # (its tiles need more)
+            maxnreg=plan.tile.registers,
         )  # fmt: skip
         dg = dgamma = None
         if rho_wanted:
@@ -462,7 +462,6 @@ def step_(
     normalize: bool,
 ) -> Tensor:
     """One token for every row of q; `state` is updated in place."""
-    scale = float(scale)
     (B, H, K), (HV, V) = q.shape, v.shape[1:]
     o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
     if q.numel() == 0 or v.numel() == 0:

@@ -6,7 +6,7 @@ B batch   T time   HV value heads   K key width   V value width   C chunk   L to
 import triton
 import triton.language as tl
 
-from .chunk import count_outside, head_gate, offset, outside, owed
+from .chunk import bounds, count_outside, head_gate, outside, owed, segment
 
 
 @triton.jit
@@ -103,8 +103,7 @@ def scan(
     n = (pid // BLOCKS // HV).to(tl.int64)
     mask = e < KW
     if PACKED:
-        begin = offset(cu, n, T)
-        end = tl.maximum(offset(cu, n + 1, T), begin)
+        begin, end = bounds(cu, n, T)
         j0 = begin // L + n
         count = tl.cdiv(end - begin, L).to(tl.int32)
     else:
@@ -157,20 +156,7 @@ def gate_gradient(
     h = (pid % HV).to(tl.int64)
     slot = (pid // HV).to(tl.int64) * NB + tl.arange(0, NB)
     exists = slot < slots
-    if LAYOUT == 0:
-        sequence = slot // cuts
-        batch = sequence
-        begin = slot * 0
-        end = begin + T
-        t0 = slot % cuts * C
-    else:
-        sequence = tl.load(table + slot, mask=exists, other=0).to(tl.int64)
-        batch = slot * 0
-        begin = tl.minimum(tl.maximum(tl.load(cu + sequence).to(tl.int64), 0), T)
-        end = tl.maximum(tl.minimum(tl.maximum(tl.load(cu + sequence + 1).to(tl.int64), 0), T), begin)
-        number = slot - begin // C - sequence
-        t0 = tl.where(number < 0, end, tl.minimum(begin + number * C, end))
-    t1 = tl.minimum(t0 + C, end)
+    _, batch, t0, t1, _, _ = segment(tl.minimum(slot, slots - 1), cu, table, T, cuts, C, LAYOUT)
     count = (t1 - t0).to(tl.int32)
     i = tl.arange(0, C)[None, :]
     live = exists[:, None] & (i < count[:, None])

@@ -1,9 +1,10 @@
 """The tile table: which chunk, block, warps and stages a kernel runs with. `tiles.json` holds the choices.
 
 Rows are [chunk, block, warps, stages] or [chunk, block, warps, stages, registers], keyed by kernel, by how products
-are computed ("half" for bfloat16 and float16, "tf32" and "ieee" for float32; "+blocks": a backward in blocks)
-and by the largest width that a row is for. A chunk of 1 means token by token, in exact float32, without matrix units.
-The chunk of "states" is not read: it is that of the kernel they serve.
+are computed ("half" for bfloat16 and float16, "tf32" and "ieee" for float32; "+blocks": a backward in blocks,
+"+norm": with the normaliser) and by the largest width that a row is for. What has no row of its own takes the one that
+is named with less. A chunk of 1 means token by token, in exact float32, without matrix units. The chunk of "states" is
+not read: it is that of the kernel they serve.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def tile(kernel: str, precision: str, K: int, V: int) -> Tile:
 
 @functools.cache
 def _tile(kernel: str, precision: str, width: int) -> Tile:
-    rows = table()[kernel]
-    for bound, row in rows.get(precision, rows.get("any", {})).items():  # in rising order
+    rows, key = table()[kernel], precision
+    while key and key not in rows:
+        key = key.rpartition("+")[0]
+    for bound, row in rows[key or "any"].items():  # in rising order
         if width <= int(bound):
             return Tile(*row)
     raise KeyError(f"tiles.json has no row for {kernel=} {precision=} {width=}")

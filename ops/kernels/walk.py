@@ -268,7 +268,7 @@ def walk(
 
 @triton.jit
 def walk_states(
-    b, b_t, c, c_t, gate, gamma, rden, dden, S, z, due, kept, kept_z, kept_n, kept_zn, t0, t1, m0, n0,
+    b, b_t, c, c_t, gate, gamma, rden, dden, S, z, due, kept, kept_z, kept_n, kept_zn, t0, t1, n0,
     M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, MIRROR: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +279,7 @@ def walk_states(
     BACK: tl.constexpr = REVERSE != MIRROR
     DTYPE: tl.constexpr = b.dtype.element_ty
     i = tl.arange(0, C)
-    m = m0 + tl.arange(0, BM)
+    m = tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     if KEEP:
         kept += m.to(tl.int64)[:, None] * N + n[None, :]
@@ -460,13 +460,13 @@ def walk_tokens(
 
 @triton.jit
 def walk_states_tokens(
-    b, b_t, c, c_t, gate, gamma, rden, dden, S, z, due, kept, kept_z, kept_n, kept_zn, t0, t1, m0, n0,
+    b, b_t, c, c_t, gate, gamma, rden, dden, S, z, due, kept, kept_z, kept_n, kept_zn, t0, t1, n0,
     M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, MIRROR: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`walk_states` one token at a time, in exact float32. States owe nothing: `due` is 0."""
     BACK: tl.constexpr = REVERSE != MIRROR
-    m = m0 + tl.arange(0, BM)
+    m = tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     if KEEP:
         kept += m.to(tl.int64)[:, None] * N + n[None, :]
