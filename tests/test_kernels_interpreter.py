@@ -41,6 +41,10 @@ CASES: dict[str, Case] = {
     "chunk of the table": dict(chunk=None, T=20),
     "tf32": dict(dtype="tf32"),
     "tf32, ungated": dict(dtype="tf32", gate="none", normalize=True),
+    "tf32, normalised": dict(dtype="tf32", normalize=True, T=50, K=16, V=16),
+    "tf32, normalised, strong decay, segments, reverse": dict(
+        dtype="tf32", normalize=True, gate="some", HV=2, segment=16, reverse=True, K=16, V=16
+    ),
     "float16": dict(dtype="fp16", K=16, V=16),
     "float16, strong decay": dict(dtype="fp16", gate="strong", K=16, V=16),
     "float16, strong decay, reverse": dict(dtype="fp16", gate="strong", segment=16, reverse=True, state=False),

@@ -18,7 +18,21 @@ that read the same tokens run together, and share them through L2.
 import triton
 import triton.language as tl
 
-from .walk import decays, operand, pair_decay, rows, walk, walk_safely, walk_states, walk_states_tokens, walk_tokens
+from .walk import (
+    decays,
+    operand,
+    pair_decay,
+    plus,
+    product,
+    rows,
+    split,
+    store_rows,
+    walk,
+    walk_safely,
+    walk_states,
+    walk_states_tokens,
+    walk_tokens,
+)
 
 
 @triton.jit
@@ -381,12 +395,106 @@ def normaliser(
 
 @triton.jit
 def inner(p, other, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr):
-    """<S, dS> over a tile."""
+    """<S, dS> over a tile, of which S is read here (again: to hold it would take the registers of other things)."""
     offsets = m.to(tl.int64)[:, None] * p_m + n.to(tl.int64)[None, :] * p_n
     mask = (m < M)[:, None] & (n < N)[None, :]
-    product = tl.load(p + offsets, mask=mask, other=0.0).to(tl.float32)
-    product *= tl.load(other + offsets, mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(tl.sum(product, 0), 0)
+    x = tl.load(p + offsets, mask=mask, other=0.0).to(tl.float32) * other.to(tl.float32)
+    return tl.sum(tl.sum(x, 0), 0)
+
+
+@triton.jit
+def together(
+    q, q_t, k, k_t, v, v_t, do, do_t, dq, dk, dk_t, dv, dv_t, G, gamma2, rden, dden, rho, rho_size, across, S0, s_k, s_v,
+    dS1, d_k, d_v, z, dz, due, t0, t1, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+    REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, RHO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv of one block in one program, by the formulas of `walk`: tensors and states are read once.
+
+    What a pair of tokens adds to dg is W_ij (do_i v_j) (q_i k_j), of which both factors are at hand here.
+    """
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    TWICE: tl.constexpr = NORMALIZE and PRECISION != "ieee"
+    i = tl.arange(0, C)
+    count = (t1 - t0).to(tl.int32)
+    live = i < count
+    m, n = tl.arange(0, BK), tl.arange(0, BV)
+    S = load_state(S0, True, m, n, s_k, s_v, K, V, True, BK, BV, False)
+    zs, dzs = load_z(z, True, m, 1, K, NORMALIZE, BK), load_z(dz, True, m, 1, K, NORMALIZE, BK)
+    xdo = operand(rows(do, do_t, t0, i, live, n, V, BV), DTYPE, PRECISION)
+    xv = operand(rows(v, v_t, t0, i, live, n, V, BV), DTYPE, PRECISION)
+    xk = operand(rows(k, k_t, t0, i, live, m, K, BK), DTYPE, PRECISION)
+    xq = operand(rows(q, q_t, t0, i, live, m, K, BK), DTYPE, PRECISION)
+    if GATE != 0:
+        R, _, end = decays(G, gamma2, t0, i, live, count, GATE, REVERSE)
+    if NORMALIZE:
+        w = tl.load(rden + t0 + i, mask=live, other=0.0)
+        dd = tl.load(dden + t0 + i, mask=live, other=0.0)
+
+    P = tl.dot(xdo, tl.trans(xv), input_precision=PRECISION)
+    if NORMALIZE:
+        P = P * w[:, None] + dd[:, None]
+    if GATE != 0:
+        P = pair_decay(P, R, gamma2, i, GATE, False)
+    P = tl.where(i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :], P, 0.0)
+    high, low, factor = split(P, TWICE, DTYPE, PRECISION)
+    y = product(xdo, tl.trans(S), TWICE, DTYPE, PRECISION)
+    if NORMALIZE:
+        y = y * w[:, None] + dd[:, None] * zs[None, :]
+    if GATE != 0:
+        y = y * tl.exp2(R.to(tl.float32))[:, None]
+    if RHO:
+        read = tl.sum(xq.to(tl.float32) * y, 1)
+    y = tl.dot(high, xk, y, input_precision=PRECISION)
+    if TWICE:
+        y = plus(low, xk, factor, y, DTYPE, PRECISION)
+    store_rows(dq, dk_t, t0, i, live, m, scale * y, K, BK)
+
+    dS = load_state(dS1, True, m, n, d_k, d_v, K, V, True, BK, BV, False)
+    if RHO:
+        e = inner(S0, dS, m, n, s_k, s_v, K, V)
+        if NORMALIZE:
+            e += tl.sum(zs * dzs, 0)
+        total = due + tl.zeros([], tl.float32)
+        if GATE != 0:
+            total += end.to(tl.float32)
+        tl.store(across, scale * e * tl.exp2(total))
+    P = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION)
+    if NORMALIZE:
+        P = P * w[None, :] + dd[None, :]
+    A = tl.dot(xk, tl.trans(xq), input_precision=PRECISION)
+    keep = i[:, None] >= i[None, :] if REVERSE else i[:, None] <= i[None, :]
+    if GATE != 0:
+        P = pair_decay(P, R, gamma2, i, GATE, True)
+    P = tl.where(keep, P, 0.0)
+    if RHO:
+        M = tl.where(i[:, None] == i[None, :], 0.0, P * A)
+        tl.store(rho + t0 + i, scale * (read + tl.sum(M, 0)), mask=live)
+        tl.store(rho + rho_size + t0 + i, scale * tl.sum(M, 1), mask=live)
+    high, low, factor = split(P, TWICE, DTYPE, PRECISION)
+    if NORMALIZE:
+        A = A * w[None, :]
+    if GATE != 0:
+        A = pair_decay(A, R, gamma2, i, GATE, True)
+        late = tl.exp2((end - R).to(tl.float32) + due)
+    A = operand(tl.where(keep, A, 0.0), DTYPE, PRECISION)
+    y = product(xv, tl.trans(dS), TWICE, DTYPE, PRECISION)
+    if NORMALIZE:
+        y += dzs[None, :]
+    if GATE != 0:
+        y = y * late[:, None]
+    if RHO:
+        tl.store(rho + 2 * rho_size + t0 + i, scale * tl.sum(xk.to(tl.float32) * y, 1), mask=live)
+    y = tl.dot(high, xq, y, input_precision=PRECISION)
+    if TWICE:
+        y = plus(low, xq, factor, y, DTYPE, PRECISION)
+    store_rows(dk, dk_t, t0, i, live, m, scale * y, K, BK)
+
+    y = tl.dot(xk, operand(dS, DTYPE, PRECISION), input_precision=PRECISION)
+    if GATE != 0:
+        y = y * late[:, None]
+    y = tl.dot(A, xdo, y, input_precision=PRECISION)
+    store_rows(dv, dv_t, t0, i, live, n, scale * y, V, BV)
 
 
 @triton.jit(do_not_specialize=["T", "N", "cuts", "L", "slots", "heads", "d_scale"])
@@ -419,14 +527,19 @@ def backward(
     """
     TK: tl.constexpr = (K + BN - 1) // BN
     TV: tl.constexpr = (V + BN - 1) // BN
-    TILES: tl.constexpr = 2 * TK + TV
+    TOGETHER: tl.constexpr = BLOCKS and not TOKENS and TK == 1 and TV == 1
+    TILES: tl.constexpr = 1 if TOGETHER else 2 * TK + TV
     MOVES: tl.constexpr = not BLOCKS
     pid = tl.program_id(0)
     tile = pid % TILES
     h = (pid // TILES % HV).to(tl.int64)
     slot = (pid // TILES // HV).to(tl.int64)
     n0 = (tile % TK if tile < 2 * TK else tile - 2 * TK) * BN
-    if LAYOUT != 0:
+    if TOGETHER and LAYOUT != 0:
+        zero_outside(dq + h * K, HV * K, cu, T, N, slot, slots, n0, K, BK)
+        zero_outside(dk + h * K, HV * K, cu, T, N, slot, slots, n0, K, BK)
+        zero_outside(dv + h * V, HV * V, cu, T, N, slot, slots, n0, V, BV)
+    elif LAYOUT != 0:
         if tile < TK:
             zero_outside(dq + h * K, HV * K, cu, T, N, slot, slots, n0, K, BN)
         elif tile < 2 * TK:
@@ -458,50 +571,53 @@ def backward(
     dS1 += slot * d_n + h * d_h
     z += (slot * HV + h) * K
     dz += (slot * HV + h) * K
-    if tile < 2 * TK:
-        m = tl.arange(0, BV)
-        n = n0 + tl.arange(0, BN)
-        rho += (tile.to(tl.int64) * heads + head) * T
+    if TOGETHER:
+        together(
+            q, q_t, k, k_t, v, v_t, do, do_t, dq, dk, HV * K, dv, HV * V, G, gamma2, rden, dden, rho + head * T,
+            heads.to(tl.int64) * T, across + slot * HV + h, S0, s_k, s_v, dS1, d_k, d_v, z, dz, due, t0, t1, scale,
+            K, V, BK, BV, C, GATE, REVERSE, NORMALIZE, RHO, PRECISION,
+        )  # fmt: skip
+    else:  # three `if`s in a row: Triton gives branches of a nested one shared memory side by side
+        m, n = tl.arange(0, BV), n0 + tl.arange(0, BN)
+        mv = tl.arange(0, BK)
         if tile < TK:
             S = load_state(S0, used, m, n, s_v, s_k, V, K, HAS_S0, BV, BN, MOVES)
-            zs = load_z(z, used, n, 1, K, NORMALIZE, BN)
-            S, zs = go(
-                do, do_t, v, v_t, k, k_t, dq, HV * K, q, q_t, rho, rho, G, gamma2, rden, dden, S, zs, 0.0, t0, t1, n0,
+            go(
+                do, do_t, v, v_t, k, k_t, dq, HV * K, q, q_t, rho + (tile.to(tl.int64) * heads + head) * T, rho, G, gamma2, rden, dden,
+                S, load_z(z, used, n, 1, K, NORMALIZE, BN), 0.0, t0, t1, n0,
                 scale, EPS, V, K, BV, BN, C, 1, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
-        else:
-            S = load_state(dS1, used, m, n, d_v, d_k, V, K, HAS_DS1, BV, BN, MOVES)
+        if tile >= TK and tile < 2 * TK:
+            rk = rho + (tile.to(tl.int64) * heads + head) * T
+            dS = load_state(dS1, used, m, n, d_v, d_k, V, K, HAS_DS1, BV, BN, MOVES)
             if MOVES:
-                S = S * d_scale
-            zs = load_z(dz, used, n, 1, K, NORMALIZE, BN)
-            S, zs = go(
-                v, v_t, do, do_t, q, q_t, dk, HV * K, k, k_t, rho, rho + TK * heads.to(tl.int64) * T,
-                G, gamma2, rden, dden, S, zs, due, t0, t1, n0,
+                dS = dS * d_scale
+            go(
+                v, v_t, do, do_t, q, q_t, dk, HV * K, k, k_t, rk, rk + TK * heads.to(tl.int64) * T,
+                G, gamma2, rden, dden, dS, load_z(dz, used, n, 1, K, NORMALIZE, BN), due, t0, t1, n0,
                 scale, EPS, V, K, BV, BN, C, 3, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
-    else:
-        mv = tl.arange(0, BK)  # other names than above: Triton wants one type per name in both branches
-        nv = n0 + tl.arange(0, BN)
-        Sv = load_state(dS1, used, mv, nv, d_k, d_v, K, V, HAS_DS1, BK, BN, MOVES)
-        if MOVES:
-            Sv = Sv * d_scale
-        zv = tl.zeros([BK], tl.float32)
-        Sv, zv = go(
-            k, k_t, q, q_t, do, do_t, dv, HV * V, v, v_t, rho, rho, G, gamma2, rden, dden, Sv, zv, due, t0, t1, n0,
-            scale, EPS, K, V, BK, BN, C, 2, GATE, REVERSE, NORMALIZE, False, MOVES, PRECISION,
-        )  # fmt: skip
-        if RHO:
-            e = inner(S0, dS1, mv, nv, s_k, s_v, K, V)
-            if NORMALIZE and tile == 2 * TK:
-                e += tl.sum(load_z(z, True, mv, 1, K, True, BK) * load_z(dz, True, mv, 1, K, True, BK), 0)
-            if GATE == 2:
-                total = gamma2 * (t1 - t0).to(tl.float32)
-            elif TOKENS:
-                i = tl.arange(0, C)
-                total = tl.sum(tl.load(G + t0 + i, mask=i < t1 - t0, other=0.0), 0).to(tl.float32)
-            else:
-                total = tl.load(G + (t0 if REVERSE else t1 - 1)).to(tl.float32)
-            tl.store(across + (slot * HV + h) * TV + tile - 2 * TK, scale * e * tl.exp2(total + due))
-        if HAS_DS0:
-            p, mask = state_tile(dS0 + (slot * HV + h) * K * V, mv, nv, V, 1, K, V)
-            tl.store(p, Sv * scale, mask=mask)
+        if tile >= 2 * TK:
+            dSv = load_state(dS1, used, mv, n, d_k, d_v, K, V, HAS_DS1, BK, BN, MOVES)
+            if MOVES:
+                dSv = dSv * d_scale
+            Sv, zv = go(
+                k, k_t, q, q_t, do, do_t, dv, HV * V, v, v_t, rho, rho, G, gamma2, rden, dden, dSv,
+                tl.zeros([BK], tl.float32), due, t0, t1, n0,
+                scale, EPS, K, V, BK, BN, C, 2, GATE, REVERSE, NORMALIZE, False, MOVES, PRECISION,
+            )  # fmt: skip
+            if RHO:
+                e = inner(S0, dSv, mv, n, s_k, s_v, K, V)
+                if NORMALIZE and tile == 2 * TK:
+                    e += tl.sum(load_z(z, True, mv, 1, K, True, BK) * load_z(dz, True, mv, 1, K, True, BK), 0)
+                if GATE == 2:
+                    total = gamma2 * (t1 - t0).to(tl.float32)
+                elif TOKENS:
+                    i = tl.arange(0, C)
+                    total = tl.sum(tl.load(G + t0 + i, mask=i < t1 - t0, other=0.0), 0).to(tl.float32)
+                else:
+                    total = tl.load(G + (t0 if REVERSE else t1 - 1)).to(tl.float32)
+                tl.store(across + (slot * HV + h) * TV + tile - 2 * TK, scale * e * tl.exp2(total + due))
+            if HAS_DS0:
+                p, mask = state_tile(dS0 + (slot * HV + h) * K * V, mv, n, V, 1, K, V)
+                tl.store(p, Sv * scale, mask=mask)

@@ -421,7 +421,8 @@ def backward(
         if rho_wanted:
             rho = torch.empty(3, TK, B * HV, T, dtype=torch.float32, device=device)
             across = torch.empty(slots, HV, TV, dtype=torch.float32, device=device)
-        _backward[((2 * TK + TV) * HV * slots,)](
+        together = plan.blocks and not plan.tokens and TK == TV == 1  # one program for all of a block
+        _backward[((1 if together else 2 * TK + TV) * HV * slots,)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], do, *do.stride()[:3], dq, dk, dv,
             _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, across, _or(start, q), *_or(start, q).stride(),
             _or(dend, q), *_or(dend, q).stride(), z, dz, _or(dstart, q), plan.cu, table,

@@ -119,6 +119,109 @@ def pair_decay(P, R, gamma, i, GATE: tl.constexpr, MIRROR: tl.constexpr):
 
 
 @triton.jit
+def products(xa, xb, S, TWICE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T and a S."""
+    high = operand(S, DTYPE, PRECISION)
+    P = tl.dot(xa, tl.trans(xb), input_precision=PRECISION)
+    y = tl.dot(xa, high, input_precision=PRECISION)
+    if TWICE:
+        low, factor = remainder(S, high, DTYPE, PRECISION)
+        y = plus(xa, low, factor, y, DTYPE, PRECISION)
+    return P, y
+
+
+@triton.jit
+def split(x, TWICE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x as an operand; and, TWICE, what rounding took off, with its factor."""
+    high = operand(x, DTYPE, PRECISION)
+    if TWICE:
+        low, factor = remainder(x, high, DTYPE, PRECISION)
+        return high, low, factor
+    return high, high, 1.0
+
+
+@triton.jit
+def product(a, x, TWICE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a x, with an x from memory whose rounding goes through the matrix units too."""
+    high, low, factor = split(x, TWICE, DTYPE, PRECISION)
+    y = tl.dot(a, high, input_precision=PRECISION)
+    if TWICE:
+        y = plus(a, low, factor, y, DTYPE, PRECISION)
+    return y
+
+
+@triton.jit
+def output(
+    P,  # [C, C]  a b^T
+    y,  # [C, BN]  a S
+    xc,  # [C, BN]
+    xx,  # [C, BN]  for RHO: q for DQ, k for DK
+    z,  # [BN]  for DQ and DK, of the normaliser
+    w,  # [C]  rden
+    dd,  # [C]  dden
+    R,  # [C]
+    D,  # [C]
+    gamma,
+    rho,  # [C]  pointers: s sum_n x_n out_n without the term j = t; for DK only the part from tokens of the block
+    rho_rest,  # [C]  DK: the part from the state where the block ends (see gate_gradient)
+    i,
+    live,
+    scale,
+    ROLE: tl.constexpr,
+    GATE: tl.constexpr,
+    BACK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RHO: tl.constexpr,
+    TWICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTORED: tl.constexpr = False,
+):
+    """s ((a b^T * W) c + D * (a S)), and the sum of every row of weights where the normaliser divides by it."""
+    DTYPE: tl.constexpr = xc.dtype
+    if NORMALIZE:  # do carries the factor rden; dden is its column that meets the ones of v
+        if ROLE == 1:
+            P = P * w[:, None] + dd[:, None]
+            y = y * w[:, None] + dd[:, None] * z[None, :]
+        elif ROLE == 2:
+            P = P * w[None, :]
+        elif ROLE == 3:
+            P = P * w[None, :] + dd[None, :]
+            y += z[None, :]
+    if RHO:
+        own = tl.sum(tl.where(i[:, None] == i[None, :], P, 0.0), 1)
+        keep = i[:, None] < i[None, :] if BACK else i[:, None] > i[None, :]
+    else:
+        keep = i[:, None] <= i[None, :] if BACK else i[:, None] >= i[None, :]
+    if GATE != 0 and not FACTORED:
+        P = pair_decay(P, R, gamma, i, GATE, ROLE >= 2)
+        y = y * D[:, None]
+    P = tl.where(keep, P, 0.0)
+    high = operand(P, DTYPE, PRECISION)
+    if RHO:
+        x = xx.to(tl.float32)
+    if RHO and ROLE == 3:
+        tl.store(rho_rest + i, scale * tl.sum(x * y, 1), mask=live)
+        rest = y
+        y = tl.dot(high, xc, input_precision=PRECISION)
+    else:
+        y = tl.dot(high, xc, y, input_precision=PRECISION)
+    if TWICE or (RHO and tl.float16 == DTYPE):  # dg may be as small as the weights that float16 does not hold
+        low, factor = remainder(P, high, DTYPE, PRECISION)
+        y = plus(low, xc, factor, y, DTYPE, PRECISION)
+    if FACTORED:
+        y = y * D[:, None]
+    if RHO:
+        tl.store(rho + i, scale * tl.sum(x * y, 1), mask=live)
+        y += own[:, None] * xc.to(tl.float32)
+        if ROLE == 3:
+            y += rest
+    total = 0.0
+    if NORMALIZE and ROLE == 0:
+        total = tl.sum(P, 1)
+    return y * scale, total
+
+
+@triton.jit
 def walk(
     a,  # [T, M] this head's rows; the role decides which tensor
     a_t,  # its token stride; the last dimension is contiguous
@@ -177,6 +280,7 @@ def walk(
         xa = operand(rows(a, a_t, t, i, live, m, M, BM), DTYPE, PRECISION)
         xb = operand(rows(b, b_t, t, i, live, m, M, BM), DTYPE, PRECISION)
         xc = operand(rows(c, c_t, t, i, live, n, N, BN), DTYPE, PRECISION)
+        R, D, w, dd = 0.0, 0.0, 0.0, 0.0
         if GATE != 0:
             R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE)
             if FACTORED:
@@ -196,70 +300,35 @@ def walk(
             w = tl.load(rden + t + i, mask=live, other=0.0)
             dd = tl.load(dden + t + i, mask=live, other=0.0)
 
-        P = tl.dot(xa, tl.trans(xb), input_precision=PRECISION)
-        high = operand(S, DTYPE, PRECISION)
-        y = tl.dot(xa, high, input_precision=PRECISION)
-        if TWICE:
-            low, factor = remainder(S, high, DTYPE, PRECISION)
-            y = plus(xa, low, factor, y, DTYPE, PRECISION)
-        if NORMALIZE:  # do carries the factor rden; dden is its column that meets the ones of v
-            if ROLE == 1:
-                P = P * w[:, None] + dd[:, None]
-                y = y * w[:, None] + dd[:, None] * z[None, :]
-            elif ROLE == 2:
-                P = P * w[None, :]
-            elif ROLE == 3:
-                P = P * w[None, :] + dd[None, :]
-                y += z[None, :]
-        if RHO:
-            own = tl.sum(tl.where(i[:, None] == i[None, :], P, 0.0), 1)
-            keep = i[:, None] < i[None, :] if BACK else i[:, None] > i[None, :]
-        else:
-            keep = i[:, None] <= i[None, :] if BACK else i[:, None] >= i[None, :]
-        if GATE != 0 and not FACTORED:
-            P = pair_decay(P, R, gamma, i, GATE, MIRROR)
-            y = y * D[:, None]
-        P = tl.where(keep, P, 0.0)
-        high = operand(P, DTYPE, PRECISION)
-        if RHO:
-            xx = operand(rows(x, x_t, t, i, live, n, N, BN), DTYPE, PRECISION).to(tl.float32)
-        if RHO and ROLE == 3:
-            tl.store(rho_rest + t + i, scale * tl.sum(xx * y, 1), mask=live)
-            rest = y
-            y = tl.dot(high, xc, input_precision=PRECISION)
-        else:
-            y = tl.dot(high, xc, y, input_precision=PRECISION)
-        if TWICE or (RHO and tl.float16 == DTYPE):  # dg may be as small as the weights that float16 does not hold
-            low, factor = remainder(P, high, DTYPE, PRECISION)
-            y = plus(low, xc, factor, y, DTYPE, PRECISION)
-        if FACTORED:
-            y = y * D[:, None]
-        if RHO:
-            tl.store(rho + t + i, scale * tl.sum(xx * y, 1), mask=live)
-            y += own[:, None] * xc.to(tl.float32)
-            if ROLE == 3:
-                y += rest
-        y = y * scale
+        P, y = products(xa, xb, S, TWICE, DTYPE, PRECISION)
         if NORMALIZE and ROLE == 0:
             qz = tl.sum(xa.to(tl.float32) * z[None, :], 1)
+        if RHO:
+            xx = operand(rows(x, x_t, t, i, live, n, N, BN), DTYPE, PRECISION)
+        else:
+            xx = xc
+        y, total = output(
+            P, y, xc, xx, z, w, dd, R, D, gamma, rho + t, rho_rest + t, i, live, scale,
+            ROLE, GATE, BACK, NORMALIZE, RHO, TWICE, PRECISION, FACTORED,
+        )  # fmt: skip
+        if NORMALIZE and ROLE == 0:
             if GATE != 0:
                 qz = qz * D
-            y = y / (scale * (tl.sum(P, 1) + qz) + EPS)[:, None]
+            y = y / (scale * (total + qz) + EPS)[:, None]
         store_rows(out, out_t, t, i, live, n, y, N, BN)
-
         if MOVES:
+            if NORMALIZE and ROLE == 0:
+                zk = xb.to(tl.float32)
+                if GATE != 0:
+                    zk = zk * U[:, None]
+                    z = z * gain
+                z += tl.sum(zk, 0)
             if FACTORED:
                 S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION) * gain
+            elif GATE != 0:
+                moved = operand(xc.to(tl.float32) * U[:, None], DTYPE, PRECISION)
+                S = tl.dot(tl.trans(xb), moved, S * gain, input_precision=PRECISION)
             else:
-                if NORMALIZE and ROLE == 0:
-                    zk = xb.to(tl.float32)
-                    if GATE != 0:
-                        zk = zk * U[:, None]
-                        z = z * gain
-                    z += tl.sum(zk, 0)
-                if GATE != 0:
-                    S = S * gain
-                    xc = operand(xc.to(tl.float32) * U[:, None], DTYPE, PRECISION)
                 S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION)
     if MOVES and MIRROR and GATE != 0:
         S = S * tl.exp2(due)

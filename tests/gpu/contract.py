@@ -385,7 +385,21 @@ def host_cost(op: Callable[..., Any], goal: bool = False, gated: bool = True) ->
     return {"ok": within or not goal or device == "cpu", **found}
 
 
+class Nothing(torch.autograd.Function):
+    """What autograd itself costs: outputs and gradients of the right shapes, and no kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, None]:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[2]), None
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
 def host() -> Iterator[Check]:
+    yield "an autograd.Function of nothing", lambda: host_cost(Nothing.apply)
     for name in ("chunk", "fused_chunk"):
         operator, public = getattr(ops, name).operator, OPERATORS[name]
         yield f"{name}", lambda op=public: host_cost(op, goal=True)
