@@ -143,13 +143,14 @@ class _Plan:
         return torch.float64 if exact else torch.float32
 
 
-def _plan(op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, *inputs: Tensor | None) -> _Plan:
-    """The plan of a call. `inputs`: all tensors that it is given, of which q, k, v, g, g_gamma, cu_seqlens first."""
-    q = inputs[0]
+def _plan(
+    op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, q: Tensor, *inputs: Tensor | None
+) -> _Plan:
+    """The plan of a call. `inputs`: all other tensors that it is given: k, v, g, g_gamma, cu_seqlens, then the rest."""
     device = q.get_device() if q.is_cuda else None
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     options = op, kernel, normalize, reverse, in_blocks, exact
-    return _planned(*options, device, _processors(device), tiles.settings(), form(*inputs))
+    return _planned(*options, device, _processors(device), tiles.settings(), form(q, *inputs))
 
 
 @_remembered
