@@ -1,5 +1,6 @@
 """A remembered launch runs compiled code only where Triton would have chosen the same code."""
 
+import contextlib
 import random
 import threading
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ def forget() -> None:
 
 DEFAULTS: dict[str, Any] = {
     "way": "forward", "op": "chunk", "dtype": torch.bfloat16, "B": 1, "T": 96, "H": 1, "groups": 2, "K": 16, "V": 16,
-    "gate": "g", "gate_dtype": torch.float32, "gate_strided": False, "cu": None, "state": True, "state_strided": False,
+    "gate": "g", "gate_dtype": torch.float32, "gate_strided": False, "cu": None, "state": True, "states_strided": "",
     "final": True, "normalize": False, "reverse": False, "gate_grad": True, "strided": "", "segment": None,
     "in_blocks": False, "tile": None, "exact": False,
 }  # fmt: skip
@@ -143,7 +144,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "gate_strided": (False, True),
     "cu": (None, (2, torch.int32), (2, torch.int64), (3, torch.int32), (17, torch.int32)),
     "state": (False, True),
-    "state_strided": (False, True),
+    "states_strided": ("", "S0", "dS1"),
     "final": (False, True),
     "normalize": (False, True),
     "reverse": (False, True),
@@ -167,9 +168,9 @@ def make(case: dict[str, Any]) -> None:
         x = torch.empty(B, it.T, heads, 3 * width if name in it.strided else width, dtype=it.dtype)
         return x[..., :width] if name in it.strided else x
 
-    def state() -> Tensor:
+    def state(name: str) -> Tensor:
         shape = N, HV, it.K, W
-        return torch.empty(N, HV, W, it.K).transpose(2, 3) if it.state_strided else torch.empty(shape)
+        return torch.empty(N, HV, W, it.K).transpose(2, 3) if name == it.states_strided else torch.empty(shape)
 
     q, k, v, do = rows("q", it.H, it.K), rows("k", it.H, it.K), rows("v", HV, it.V), rows("do", HV, it.V)
     g = gamma = None
@@ -182,7 +183,7 @@ def make(case: dict[str, Any]) -> None:
         )
     elif it.gate == "gamma":
         gamma = torch.empty(HV, dtype=it.gate_dtype)
-    S0 = state() if it.state else None
+    S0 = state("S0") if it.state else None
     cu = torch.zeros(it.cu[0] + 1, dtype=it.cu[1]) if it.cu else None
     o = torch.empty_like(v) if it.normalize else None
     tiles.segment, tiles.in_blocks = it.segment, it.in_blocks
@@ -194,8 +195,8 @@ def make(case: dict[str, Any]) -> None:
     if it.way == "forward":
         launch.forward(it.op, q, k, v, g, gamma, S0, it.final, cu, *options)
     elif it.way == "backward":
-        dS = state() if it.final else None
-        launch.backward(it.op, q, k, v, g, gamma, S0, cu, *options, o, do, dS, it.gate_grad)
+        dS1 = state("dS1") if it.final else None
+        launch.backward(it.op, q, k, v, g, gamma, S0, cu, *options, o, do, dS1, it.gate_grad)
     else:
         pool = torch.empty(5, HV, it.K, W) if it.cu else torch.empty(B, HV, it.K, W)
         index = torch.zeros(B, dtype=it.cu[1]) if it.cu else None
@@ -245,6 +246,22 @@ def test_remembered_launches_are_those_made_afresh(monkeypatch: pytest.MonkeyPat
             log.clear()
             make(case)
             assert log == launches, case
+
+
+@pytest.mark.usefixtures("dry")
+@pytest.mark.parametrize("way", CHANGES["way"])
+def test_each_device_has_launches_of_its_own(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    met: dict[int, set[Launch]] = {0: set(), 1: set()}
+    for name, value in {"is_cuda": True, "get_device": lambda x: device}.items():
+        monkeypatch.setattr(Tensor, name, value, raising=False)
+    monkeypatch.setattr(launch, "_processors", lambda index: 132)
+    monkeypatch.setattr(launch, "_on", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(Launch, "__call__", lambda it, kernel, *args: met[device].add(it))
+    for index in (0, 1, 0):
+        device = index
+        make(DEFAULTS | {"way": way})
+    assert len(met[0]) == len(met[1]) > 0
+    assert not met[0] & met[1]
 
 
 @pytest.mark.usefixtures("dry")
