@@ -6,6 +6,7 @@ without a GPU tests the very kernels that a GPU runs. float64 stays with the ATe
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -16,11 +17,16 @@ from . import cpu
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _launcher() -> Any:
+    from .kernels import launch
+
+    return launch
+
+
 def _triton(function: str, *first: str) -> Any:
     def kernel(*inputs: Any) -> Any:
-        from .kernels import launch
-
-        return getattr(launch, function)(*first, *inputs)
+        return getattr(_launcher(), function)(*first, *inputs)
 
     return kernel
 

@@ -1,73 +1,64 @@
-"""`kernel[grid](...)` with less work on the host.
+"""A launch with less work on the host.
 
 Triton looks at each argument of each launch to find the code that it compiled for such arguments. With the fifty
-arguments of a kernel here, that takes longer than a small kernel runs. `Kernel` looks at what matters, all together,
-and hands the launch to the `CompiledKernel` that Triton returned for an earlier call like it.
+arguments of a kernel here, that takes longer than a small kernel runs. Here the caller decides once for a whole call
+whether it is like an earlier one (`form`), and then remembers its launches.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
-from triton.runtime.jit import JITFunction
+from triton import knobs
+from triton.runtime import driver
 
-MOST = 4096  # calls that a kernel remembers: the key has all strides, so each length is a call of its own
+
+def form(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """What Triton chooses code by, but for the alignment of pointers, and all that grids and constants depend on."""
+    return tuple([None if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
 
 
-class Kernel:
-    """A Triton kernel whose run-time parameters come first and are passed by position; its constants by name."""
+class Launch:
+    """A launch of one kernel, whose grid and constants are known.
 
-    def __init__(self, fn: JITFunction) -> None:
-        self.fn, self.arg_names = fn, fn.arg_names
-        self.constants = [p.name for p in fn.params if p.is_constexpr]
-        self.compiled: dict[Any, Any] = {}
-        # they pick from the arguments of a call: the tensors, the integers on which Triton specialises, and the others
-        self.tensors: Callable[..., Any] | None = None
-        self.special: Callable[..., Any]
-        self.plain: Callable[..., Any]
+    Called with the kernel and its run-time arguments, which come first, by position. Every call passes integers of
+    equal value and tensors of equal dtype on one device: only pointers and floats may differ. So the code that Triton
+    compiled for the first call serves all others, if their pointers are multiples of 16 too.
+    """
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return functools.partial(self.run, grid)
+    def __init__(self, programs: int, **constants: Any) -> None:
+        self.grid, self.constants = (programs,), constants
+        self.known: tuple[Any, ...] | None = None
 
-    def learn(self, args: tuple[Any, ...]) -> None:
-        """Every call passes the same kinds of arguments: a number that is a float once is a float always."""
-        # (`tensors` last: another thread takes it as the sign that all are there)
-        kinds: dict[str, list[int]] = {"special": [], "plain": [], "tensors": []}
-        for i, (x, p) in enumerate(zip(args, self.fn.params, strict=False)):
-            if isinstance(x, torch.Tensor):
-                kinds["tensors"].append(i)
-            elif isinstance(x, int):
-                kinds["plain" if p.do_not_specialize else "special"].append(i)
-        for name, kind in kinds.items():  # (of one item, itemgetter would not return a tuple)
-            setattr(self, name, itemgetter(*kind, *kind[:1]) if kind else lambda _: (0,))
-
-    def run(self, grid: tuple[int], *args: Any, **options: Any) -> None:
-        if self.tensors is None:
-            self.learn(args)
+    def __call__(self, kernel: Any, *args: Any) -> None:
+        if self.known is None or kernel is not self.known[0] or _watched():
+            self.learn(kernel, args)
+            return
+        _, device, run, function, metadata, tensors, constants = self.known
+        values = [*args, *constants]
         addresses = 0
-        dtypes = []
-        for x in self.tensors(args):  # type: ignore[misc]
-            addresses |= x.data_ptr()
-            dtypes.append(x.dtype)
-        if addresses & 15 or max(self.plain(args)) >= 1 << 31:  # other code, and rare: leave it to Triton
-            self.fn[grid](*args, **options)
+        for i in tensors:  # as numbers: Triton would ask the driver about each tensor
+            values[i] = address = values[i].data_ptr()
+            addresses |= address
+        if addresses & 15:  # other code, and rare
+            self.learn(kernel, args)
             return
-        key = (args[0].device.index, self.special(args), *dtypes, *options.values())
-        compiled = self.compiled.get(key)
-        if compiled is not None:
-            compiled[(*grid, 1, 1)](*args, *[options[name] for name in self.constants])
-            return
-        compiled = self.fn[grid](*args, **options)
-        if hasattr(compiled, "function"):  # (a dry run returns nothing of the kind)
-            if len(self.compiled) >= MOST:
-                self.compiled.clear()
-            self.compiled[key] = compiled
+        stream = driver.active.get_current_stream(device)
+        run(*self.grid, 1, 1, stream, function, metadata, None, None, None, *values)
+
+    def learn(self, kernel: Any, args: tuple[Any, ...]) -> None:
+        """Launches by way of Triton, and remembers what it launched."""
+        compiled = kernel[self.grid](*args, **self.constants)
+        tensors = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+        if not hasattr(compiled, "packed_metadata") or any(args[i].data_ptr() & 15 for i in tensors):
+            return  # (the interpreter and dry runs return nothing of the kind)
+        constants = [self.constants[p.name] for p in kernel.params if p.is_constexpr]
+        code = compiled.run, compiled.function, compiled.packed_metadata
+        self.known = kernel, driver.active.get_current_device(), *code, tensors, constants
 
 
-def dispatch(fn: Any) -> Any:
-    """The kernel of a function of `triton.jit`; under Triton's interpreter, the function itself."""
-    return Kernel(fn) if isinstance(fn, JITFunction) else fn
+def _watched() -> bool:
+    """Does a profiler want to see launches? Triton has a chain of hooks, which may be empty."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -5,7 +5,8 @@
     backward in blocks:  [gates] -> [the same two] -> S and dS between blocks -> dq, dk, dv -> [dg]
 
 In blocks, dg needs no sum that leaves its block: that keeps it exact. The normaliser runs between S and dS. What stands
-in brackets runs only where needed. Everything is chosen from shapes, so CUDA graphs capture every call.
+in brackets runs only where needed. Everything is chosen from shapes, so CUDA graphs capture every call. What is chosen
+is remembered: a call like an earlier one only allocates, and hands over its arguments.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from torch import Tensor
 
 from ..reference import EPS
 from . import chunk, segments, step, tiles
-from .dispatch import dispatch
+from .dispatch import Launch, form
 
-_forward, _local_state, _boundaries = dispatch(chunk.forward), dispatch(chunk.local_state), dispatch(chunk.boundaries)
-_normaliser, _backward = dispatch(chunk.normaliser), dispatch(chunk.backward)
-_gate_sums, _segment_table = dispatch(segments.gate_sums), dispatch(segments.segment_table)
-_scan, _gate_gradient = dispatch(segments.scan), dispatch(segments.gate_gradient)
-_step = dispatch(step.step)
+_forward, _local_state, _boundaries = chunk.forward, chunk.local_state, chunk.boundaries
+_normaliser, _backward = chunk.normaliser, chunk.backward
+_gate_sums, _segment_table = segments.gate_sums, segments.segment_table
+_scan, _gate_gradient = segments.scan, segments.gate_gradient
+_step = step.step
 
 BLOCK = 64  # tokens of a block, token by token
 SHORTEST = 1024  # tokens of a segment: shorter ones move more bytes of states than of tokens
 DENSE, PACKED, PACKED_CUT = 0, 1, 2  # the layouts of chunk.py
+
+_remembered = functools.lru_cache(maxsize=1024)
 
 
 @functools.cache
@@ -40,14 +43,18 @@ def _processors(index: int | None) -> int:
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _HERE
+
+
+_HERE = contextlib.nullcontext()
 
 
 def _rows(x: Tensor) -> Tensor:
     """Kernels need the last dimension contiguous, and offsets inside a chunk in 32 bits."""
-    if (x.stride(-1) != 1 and x.shape[-1] != 1) or any(s >= 1 << 23 for s in x.stride()[1:2]):
+    _, step, _, last = x.stride()
+    if (last != 1 and x.shape[3] != 1) or step >= 1 << 23:
         return x.contiguous()
     return x
 
@@ -70,9 +77,9 @@ def _power(n: int) -> int:
     return max(16, _power_of_2(n))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Plan:
-    """What the kernels of one call share."""
+    """What the kernels of one call share. Calls share a plan if only addresses and the scale differ between them."""
 
     B: int
     T: int
@@ -82,7 +89,11 @@ class _Plan:
     V: int
     W: int  # columns of a state
     N: int  # sequences
+    gate: int  # 0 none, 1 g, 2 g_gamma
+    normalize: bool
+    reverse: bool
     tokens: bool  # token by token, in exact float32
+    dtype: torch.dtype  # of q, k and v
     precision: str  # of products
     kind: str  # of the rows of the tile table
     tile: tiles.Tile
@@ -90,14 +101,11 @@ class _Plan:
     cuts: int  # segments of a dense sequence
     length: int  # tokens of a segment
     slots: int
-    cu: Tensor
-    device: torch.device
-    table: Tensor
-    block_table: Tensor  # that of the blocks, where the backward works in blocks
-    block_slots: int = 0  # their slots
+    strides: tuple[tuple[int, ...], ...]  # of q, k, v and in the backward do, without the last
+    block_slots: int = 0  # those of the blocks, where the backward works in blocks
     blocks: int = 0  # and those of a dense sequence
 
-    @property
+    @functools.cached_property
     def cut(self) -> bool:
         return self.layout == PACKED_CUT or self.cuts > 1
 
@@ -116,168 +124,232 @@ class _Plan:
             return self.tile
         return tiles.tile("states", self.kind, self.K, self.V)
 
-    @property
+    @functools.cached_property
+    def output_tiles(self) -> tuple[int, int]:
+        """Of the backward: how many share the columns of dq, and of dk; and of dv."""
+        BN = self.columns(max(self.K, self.V))
+        return _ceil(self.K, BN), _ceil(self.V, BN)
+
+    @functools.cached_property
     def C(self) -> int:
         """Tokens of a block."""
         return BLOCK if self.tokens else self.tile.chunk
 
-    def states(self) -> Tensor:
-        return torch.empty(self.slots, self.HV, self.K, self.W, dtype=torch.float32, device=self.device)
+    @functools.cached_property
+    def sums(self) -> torch.dtype:
+        """Of the sums of gates."""
+        # R of a strong decay is in the thousands: in float32 its differences would lose what float16 still shows
+        exact = self.precision == "ieee" or self.tokens or self.dtype == torch.float16
+        return torch.float64 if exact else torch.float32
 
 
-def _plan(q: Tensor, v: Tensor, cu: Tensor | None, op: str, kernel: str, normalize: bool, in_blocks: bool) -> _Plan:
-    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+def _plan(
+    op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, q: Tensor, *inputs: Tensor | None
+) -> _Plan:
+    """The plan of a call. `inputs`: all other tensors that it is given: k, v, g, g_gamma, cu_seqlens, then the rest."""
+    device = q.get_device() if q.is_cuda else None
+    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    options = op, kernel, normalize, reverse, in_blocks, exact
+    return _planned(*options, device, _processors(device), tiles.settings(), form(q, *inputs))
+
+
+@_remembered
+def _planned(
+    op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, exact: bool, device: int | None,
+    processors: int, settings: tuple[Any, ...], inputs: tuple[Any, ...],
+) -> _Plan:  # fmt: skip
+    # (the device and the settings of the table only tell plans apart: each device compiles, the table reads its own)
+    (dtype, (B, T, H, K), _), _, (_, (_, _, HV, V), _), g, g_gamma, cu, *_ = inputs
+    gate = 2 if g_gamma is not None else int(g is not None)
+    packed = None if cu is None else cu[1][0] - 1
     precision = "tf32"
     kind = "half"
-    if q.dtype == torch.float32:
-        kind = precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tile = tiles.tile(
-        "tokens" if op == "recurrent" else kernel, kind + "+blocks" * in_blocks + "+norm" * normalize, K, V
-    )
+    if dtype == torch.float32:
+        kind = precision = "ieee" if exact else "tf32"
+    row = kind + "+blocks" * in_blocks + "+norm" * normalize + "+gates" * (gate > 0)
+    tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
     tokens = tile.chunk == 1
-    N = B if cu is None else cu.shape[0] - 1
-    # cut so that about two programs run on every multiprocessor
+    N = B if packed is None else packed
+    # cut so that about two programs of four warps, or one of eight, run on every multiprocessor
     programs = HV * _ceil(V, tile.block)
     in_blocks |= kernel == "backward" and tokens
-    if in_blocks:
-        programs *= 1 if normalize else 2
+    if in_blocks:  # those of `boundaries`
+        states = tile if tokens or precision == "ieee" else tiles.tile("states", kind, K, V)
+        programs = HV * _ceil(V, states.block) * (1 if normalize else 2)
     elif kernel == "backward":
         programs += 2 * HV * _ceil(K, tile.block)
     length = T
     if kernel == "backward" or op == "chunk":
-        wanted = 2 * _processors(q.device.index if q.is_cuda else None)
+        wanted = 8 // tile.warps * processors
         if 1.1 * B * programs < wanted:
             length = max(SHORTEST, -(-T * B * programs // wanted))
         if tiles.segment is not None:
             length = tiles.segment
     unit = max(tile.chunk, BLOCK if tokens else 16)
     length = min(-(-length // unit) * unit, -(-max(T, 1) // unit) * unit)
-    cuts = _ceil(T, length) if cu is None else 1
-    if cu is None:
+    cuts = _ceil(T, length) if packed is None else 1
+    if packed is None:
         layout, slots = DENSE, B * cuts
     elif length >= T:
         layout, slots = PACKED, N
     else:
         layout, slots = PACKED_CUT, T // length + N
     plan = _Plan(
-        B, T, H, HV, K, V, V + normalize, N, tokens, precision, kind, tile, layout, cuts, length, slots,
-        q if cu is None else cu, q.device, q, q,
+        B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, dtype, precision, kind, tile, layout,
+        cuts, length, slots, tuple(x[2][:3] for x in (*inputs[:3], *inputs[8:9])),
     )  # fmt: skip
-    if layout == PACKED_CUT:
-        plan.table = _table(plan, length, slots)
     if in_blocks:
         plan.blocks = _ceil(T, plan.C)
-        plan.block_slots = B * plan.blocks if cu is None else T // plan.C + N
-        plan.block_table = q if cu is None else _table(plan, plan.C, plan.block_slots)
+        plan.block_slots = B * plan.blocks if packed is None else T // plan.C + N
     return plan
 
 
-def _table(plan: _Plan, length: int, slots: int) -> Tensor:
+@_remembered
+def _table_launch(plan: _Plan, length: int, slots: int) -> Launch:
+    return Launch(_ceil(slots, 128), BS=128, num_warps=4)
+
+
+def _table(plan: _Plan, cu: Tensor, length: int, slots: int) -> Tensor:
     """The sequence of each slot, for packed sequences cut into segments of `length`."""
-    table = torch.empty(slots, dtype=torch.int32, device=plan.device)
-    _segment_table[(_ceil(slots, 128),)](plan.cu, table, plan.T, plan.N, length, slots, BS=128, num_warps=4)
+    table = torch.empty(slots, dtype=torch.int32, device=cu.device)
+    _table_launch(plan, length, slots)(_segment_table, cu, table, plan.T, plan.N, length, slots)
     return table
 
 
-def _gates(
-    plan: _Plan, g: Tensor | None, g_gamma: Tensor | None, reverse: bool, half: bool
-) -> tuple[int, Tensor | None]:
-    """Kind of gate, and R of walk.py: float64 where float32 would lose digits."""
-    if g_gamma is not None:
-        return 2, None
-    if g is None:
-        return 0, None
-    # R of a strong decay is in the thousands: in float32 its differences would lose what float16 still shows
-    exact = plan.precision == "ieee" or plan.tokens or half
-    R = torch.empty(plan.B * plan.HV, plan.T, dtype=torch.float64 if exact else torch.float32, device=g.device)
-    packed = plan.layout != DENSE
+@_remembered
+def _gates_launch(plan: _Plan) -> Launch:
     chunk = plan.tile.chunk
     BT, BH = max(chunk, 64), min(16, _power_of_2(plan.HV))
-    _gate_sums[(plan.B * _ceil(plan.T, BT) * _ceil(plan.HV, BH),)](
-        g, *g.stride(), R, plan.cu, plan.T, plan.N, plan.HV,
-        PACKED=packed, REVERSE=reverse, C=chunk, BT=BT, BH=BH, num_warps=4,
+    return Launch(
+        plan.B * _ceil(plan.T, BT) * _ceil(plan.HV, BH),
+        PACKED=plan.layout != DENSE, REVERSE=plan.reverse, C=chunk, BT=BT, BH=BH, num_warps=4,
     )  # fmt: skip
-    return 1, R
+
+
+def _gates(plan: _Plan, g: Tensor | None, cu: Tensor) -> Tensor | None:
+    """R of walk.py, for gates in `g`: float64 where float32 would lose digits."""
+    if plan.gate != 1 or g is None:
+        return None
+    R = torch.empty(plan.B * plan.HV, plan.T, dtype=plan.sums, device=g.device)
+    _gates_launch(plan)(_gate_sums, g, *g.stride(), R, cu, plan.T, plan.N, plan.HV)
+    return R
+
+
+@_remembered
+def _local_state_launch(plan: _Plan, mirror: bool) -> Launch:
+    tile = plan.states_tile
+    BN = plan.columns(plan.V, tile)
+    return Launch(
+        _ceil(plan.V, BN) * plan.HV * plan.slots,
+        K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=plan.gate,
+        REVERSE=plan.reverse, MIRROR=mirror, NORMALIZE=plan.normalize, LAYOUT=plan.layout, TOKENS=plan.tokens,
+        PRECISION=plan.precision, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+    )  # fmt: skip
+
+
+@_remembered
+def _scan_launch(plan: _Plan, mirror: bool, has_s0: bool, has_s1: bool) -> Launch:
+    KW = plan.K * plan.W
+    size = min(512, _power_of_2(KW))
+    return Launch(
+        _ceil(KW, size) * plan.HV * plan.N,
+        KW=KW, W=plan.W, PACKED=plan.layout != DENSE, REVERSE=plan.reverse, MIRROR=mirror, GATE=plan.gate,
+        TOKENS=plan.tokens, HAS_S0=has_s0, HAS_S1=has_s1, BLOCK=size, num_warps=4,
+    )  # fmt: skip
 
 
 def _segment_states(
     plan: _Plan,
     k: Tensor,
     v: Tensor,
-    gate: tuple[int, Tensor | None, Tensor | None],
+    R: Tensor | None,
+    gamma: Tensor | None,
+    packed: tuple[Tensor, Tensor],
     weights: tuple[Tensor, Tensor] | None,
     initial: Tensor | None,
     final: Tensor | None,
     scale: float,
-    normalize: bool,
-    reverse: bool,
     mirror: bool,
 ) -> Tensor:
     """The state in which every segment starts, [slots, HV, K, W]. `mirror`: their gradients, divided by the scale."""
-    kind, R, gamma = gate
-    states = plan.states()
-    decay = torch.empty(plan.slots, plan.HV, dtype=torch.float32, device=k.device) if kind else states
-    tile = plan.states_tile
-    BN = plan.columns(plan.V, tile)
-    rden, dden = weights or (k, k)
-    _local_state[(_ceil(plan.V, BN) * plan.HV * plan.slots,)](
-        k, *k.stride()[:3], v, *v.stride()[:3], _or(R, k), _or(gamma, k), rden, dden, states, decay,
-        plan.cu, plan.table, plan.T, plan.H, plan.HV, plan.cuts, plan.length,
-        K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=kind,
-        REVERSE=reverse, MIRROR=mirror, NORMALIZE=normalize, LAYOUT=plan.layout, TOKENS=plan.tokens,
-        PRECISION=plan.precision, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+    states = torch.empty(plan.slots, plan.HV, plan.K, plan.W, dtype=torch.float32, device=k.device)
+    decay = torch.empty(plan.slots, plan.HV, dtype=torch.float32, device=k.device) if plan.gate else states
+    _local_state_launch(plan, mirror)(
+        _local_state,
+        k, *k.stride()[:3], v, *v.stride()[:3], _or(R, k), _or(gamma, k), *(weights or (k, k)), states, decay,
+        *packed, plan.T, plan.H, plan.HV, plan.cuts, plan.length,
     )  # fmt: skip
-    KW = plan.K * plan.W
-    size = min(512, _power_of_2(KW))
-    _scan[(_ceil(KW, size) * plan.HV * plan.N,)](
-        states, decay, _or(initial, states), *_or(initial, states).stride(), _or(final, states),
-        _or(R, k), _or(gamma, k), plan.cu, plan.T, plan.HV, plan.cuts, plan.length,
-        1.0 / scale if mirror else 1.0, scale if mirror else 1.0,
-        KW=KW, W=plan.W, PACKED=plan.layout != DENSE, REVERSE=reverse, MIRROR=mirror, GATE=kind, TOKENS=plan.tokens,
-        HAS_S0=initial is not None, HAS_S1=final is not None, BLOCK=size, num_warps=4,
+    S0 = _or(initial, states)
+    _scan_launch(plan, mirror, initial is not None, final is not None)(
+        _scan,
+        states, decay, S0, *S0.stride(), _or(final, states), _or(R, k), _or(gamma, k), packed[0],
+        plan.T, plan.HV, plan.cuts, plan.length, 1.0 / scale if mirror else 1.0, scale if mirror else 1.0,
     )  # fmt: skip
     return states
+
+
+@_remembered
+def _boundaries_launch(plan: _Plan, first: int, directions: int, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
+    tile = plan.states_tile
+    BN = plan.columns(plan.V, tile)
+    return Launch(
+        directions * _ceil(plan.V, BN) * plan.HV * plan.slots,
+        DIRECTIONS=directions, K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=plan.gate,
+        REVERSE=plan.reverse, NORMALIZE=plan.normalize, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0,
+        LAYOUT=plan.layout, TOKENS=plan.tokens, PRECISION=plan.precision,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+    )  # fmt: skip
 
 
 class _Kept:
     """The states in which blocks start, and their gradients where blocks end, as `boundaries` leaves them."""
 
     def __init__(
-        self, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, gate: tuple[int, Tensor | None, Tensor | None],
-        normalize: bool, reverse: bool, scale: float,
+        self, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, R: Tensor | None, gamma: Tensor | None,
+        packed: tuple[Tensor, Tensor], scale: float,
     ) -> None:  # fmt: skip
-        self.plan, self.inputs, self.gate = plan, (q, k, v, do), gate
-        self.normalize, self.reverse, self.scale = normalize, reverse, scale
-        count = plan.block_slots
+        self.plan, self.inputs, self.packed, self.scale = plan, (q, k, v, do, R, gamma), packed, scale
+        count, normalize = plan.block_slots, plan.normalize
         # operands as the products take them, but for the normaliser (walk.py)
         dtype = torch.float32 if normalize or plan.tokens else q.dtype
-        self.states = torch.empty(2, count, plan.HV, plan.K, plan.V, dtype=dtype, device=plan.device)
+        self.states = torch.empty(2, count, plan.HV, plan.K, plan.V, dtype=dtype, device=q.device)
         # (without the normaliser, nothing reads or writes z)
-        self.z = torch.empty(2, count * normalize, plan.HV, plan.K, dtype=torch.float32, device=plan.device)
+        z = torch.empty(2, count, plan.HV, plan.K, dtype=torch.float32, device=q.device) if normalize else None
+        self.z = _or(z, q)
 
     def walk(
         self, start: Tensor | None, dend: Tensor | None, dstart: Tensor | None, d_scale: float,
         weights: tuple[Tensor, Tensor] | None, first: int, directions: int,
     ) -> None:  # fmt: skip
-        plan, (q, k, v, do), (kind, R, gamma) = self.plan, self.inputs, self.gate
-        tile = plan.states_tile
-        BN = plan.columns(plan.V, tile)
-        rden, dden = weights or (q, q)
-        _boundaries[(directions * _ceil(plan.V, BN) * plan.HV * plan.slots,)](
-            q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], do, *do.stride()[:3], _or(R, q), _or(gamma, q),
-            rden, dden, _or(start, q), *_or(start, q).stride(), _or(dend, q), *_or(dend, q).stride(), d_scale,
-            _or(dstart, q), self.scale, self.states, self.z, self.states[0].numel(), self.z[0].numel(),
-            plan.cu, plan.table, plan.T, plan.H, plan.HV, plan.cuts, plan.length, plan.blocks, first,
-            DIRECTIONS=directions, K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=kind,
-            REVERSE=self.reverse, NORMALIZE=self.normalize, HAS_S0=start is not None, HAS_DS1=dend is not None,
-            HAS_DS0=dstart is not None, LAYOUT=plan.layout, TOKENS=plan.tokens, PRECISION=plan.precision,
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        plan, (q, k, v, do, R, gamma) = self.plan, self.inputs
+        q_, k_, v_, do_ = plan.strides
+        S0, dS1 = _or(start, q), _or(dend, q)
+        _boundaries_launch(plan, first, directions, start is not None, dend is not None, dstart is not None)(
+            _boundaries,
+            q, *q_, k, *k_, v, *v_, do, *do_, _or(R, q), _or(gamma, q),
+            *(weights or (q, q)), S0, *S0.stride(), dS1, *dS1.stride(), d_scale,
+            _or(dstart, q), self.scale, self.states, self.z, self.states.stride(0), self.z.stride(0),
+            *self.packed, plan.T, plan.H, plan.HV, plan.cuts, plan.length, plan.blocks, first,
         )  # fmt: skip
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
     """A pointer for an argument that the kernel will not touch."""
     return other if x is None else x
+
+
+@_remembered
+def _forward_launch(plan: _Plan, has_s0: bool, has_s1: bool) -> Launch:
+    K, V, tile = plan.K, plan.V, plan.tile
+    BN = plan.columns(V)
+    # columns under a mask take the pipeline more shared memory than a multiprocessor has
+    stages = 1 if K > 128 and V % BN else tile.stages
+    return Launch(
+        _ceil(V, BN) * plan.HV * plan.slots,
+        EPS=EPS, K=K, V=V, BK=plan.rows(K), BN=BN, C=tile.chunk, GATE=plan.gate, REVERSE=plan.reverse,
+        NORMALIZE=plan.normalize, HAS_S0=has_s0, HAS_S1=has_s1, LAYOUT=plan.layout,
+        TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=tile.warps, num_stages=stages,
+    )  # fmt: skip
 
 
 def forward(
@@ -307,27 +379,59 @@ def forward(
     g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
     with _on(q):
         o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
-        plan = _plan(q, v, cu_seqlens, op, "forward", normalize, False)
-        kind, R = _gates(plan, g, g_gamma, reverse, q.dtype == torch.float16)
+        plan = _plan(op, "forward", normalize, reverse, False, q, k, v, g, g_gamma, cu_seqlens, initial_state)
+        cu = _or(cu_seqlens, q)
+        packed = cu, _table(plan, cu, plan.length, plan.slots) if plan.layout == PACKED_CUT else q
+        R = _gates(plan, g, cu)
         start, pass_final = initial_state, final
         if plan.cut:
-            gate = (kind, R, g_gamma)
-            start = _segment_states(
-                plan, k, v, gate, None, initial_state, final, scale, normalize, reverse, mirror=False
-            )
+            start = _segment_states(plan, k, v, R, g_gamma, packed, None, initial_state, final, scale, mirror=False)
             pass_final = None
-        BN = plan.columns(V)
-        # columns under a mask take the pipeline more shared memory than a multiprocessor has
-        stages = 1 if K > 128 and V % BN else plan.tile.stages
-        _forward[(_ceil(V, BN) * HV * plan.slots,)](
-            q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, _or(R, q), _or(g_gamma, q),
-            _or(start, q), *_or(start, q).stride(), _or(pass_final, q), plan.cu, plan.table,
+        q_, k_, v_ = plan.strides
+        S0 = _or(start, q)
+        _forward_launch(plan, start is not None, pass_final is not None)(
+            _forward,
+            q, *q_, k, *k_, v, *v_, o, _or(R, q), _or(g_gamma, q),
+            S0, *S0.stride(), _or(pass_final, q), *packed,
             T, N, plan.H, HV, plan.cuts, plan.length, plan.slots, scale,
-            EPS=EPS, K=K, V=V, BK=plan.rows(K), BN=BN, C=plan.tile.chunk, GATE=kind, REVERSE=reverse,
-            NORMALIZE=normalize, HAS_S0=start is not None, HAS_S1=pass_final is not None, LAYOUT=plan.layout,
-            TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=plan.tile.warps, num_stages=stages,
         )  # fmt: skip
     return o, final
+
+
+@_remembered
+def _normaliser_launch(plan: _Plan, layout: int) -> Launch:
+    return Launch(
+        plan.HV * plan.block_slots,
+        EPS=EPS, K=plan.K, V=plan.V, BK=_power(plan.K), BV=_power(plan.V), C=plan.C, GATE=plan.gate,
+        REVERSE=plan.reverse, LAYOUT=layout, TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=8, num_stages=1,
+    )  # fmt: skip
+
+
+@_remembered
+def _backward_launch(
+    plan: _Plan, layout: int, slots: int, rho: bool, has_s0: bool, has_ds1: bool, has_ds0: bool
+) -> Launch:
+    K, V, tile = plan.K, plan.V, plan.tile
+    BN = plan.columns(max(K, V))
+    TK, TV = plan.output_tiles
+    together = plan.blocks > 0 and not plan.tokens and TK == TV == 1  # as the kernel decides: one program for a block
+    return Launch(
+        (1 if together else 2 * TK + TV) * plan.HV * slots,
+        EPS=EPS, K=K, V=V, BK=plan.rows(K), BV=plan.rows(V), BN=BN, C=plan.C, GATE=plan.gate, REVERSE=plan.reverse,
+        NORMALIZE=plan.normalize, RHO=rho, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0, LAYOUT=layout,
+        BLOCKS=plan.blocks > 0, TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=tile.warps,
+        num_stages=tile.stages, maxnreg=tile.registers,
+    )  # fmt: skip
+
+
+@_remembered
+def _gate_gradient_launch(plan: _Plan, layout: int, total: bool) -> Launch:
+    TK, TV = plan.output_tiles
+    NB = max(1, 1024 // plan.C)
+    return Launch(
+        plan.HV * _ceil(plan.block_slots, NB),
+        TILES=TK, ACROSS=TV, REVERSE=plan.reverse, LAYOUT=layout, SUM=total, C=plan.C, NB=NB, num_warps=4,
+    )  # fmt: skip
 
 
 def backward(
@@ -380,75 +484,93 @@ def backward(
         dk = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=device)
         rho_wanted = wants_dg or wants_dgamma
-        plan = _plan(q, v, cu_seqlens, op, "backward", normalize, rho_wanted or normalize or tiles.in_blocks)
-        kind, R = _gates(plan, g, g_gamma, reverse, q.dtype == torch.float16)
-        gate = (kind, R, g_gamma)
-        options = (scale, normalize, reverse)
+        in_blocks = rho_wanted or normalize or tiles.in_blocks
+        inputs = q, k, v, g, g_gamma, cu_seqlens, initial_state, o, do, dfinal_state
+        plan = _plan(op, "backward", normalize, reverse, in_blocks, *inputs)
+        cu = _or(cu_seqlens, q)
+        packed = cu, _table(plan, cu, plan.length, plan.slots) if plan.layout == PACKED_CUT else q
+        block_packed = packed
+        if plan.blocks and cu_seqlens is not None:
+            block_packed = cu, _table(plan, cu, plan.C, plan.block_slots)
+        R = _gates(plan, g, cu)
+        gates = R, g_gamma
+        q_, k_, v_, do_ = plan.strides
         start, dend, dstart, d_scale = initial_state, dfinal_state, dS0, 1.0 / scale
         weights: tuple[Tensor, Tensor] | None = None
         z = dz = q
-        layout, cuts, length, slots, table = plan.layout, plan.cuts, plan.length, plan.slots, plan.table
+        layout, cuts, length, slots = plan.layout, plan.cuts, plan.length, plan.slots
         if plan.cut:
-            start = _segment_states(plan, k, v, gate, None, initial_state, None, *options, mirror=False)
+            start = _segment_states(plan, k, v, *gates, packed, None, initial_state, None, scale, mirror=False)
         if plan.cut and not normalize:
-            dend = _segment_states(plan, q, do, gate, None, dfinal_state, dS0, *options, mirror=True)
+            dend = _segment_states(plan, q, do, *gates, packed, None, dfinal_state, dS0, scale, mirror=True)
             d_scale, dstart = 1.0, None
         if plan.blocks:
             layout = DENSE if cu_seqlens is None else PACKED_CUT
-            cuts, length, slots, table = plan.blocks, plan.C, plan.block_slots, plan.block_table
-            kept = _Kept(plan, q, k, v, do, gate, normalize, reverse, scale)
+            cuts, length, slots = plan.blocks, plan.C, plan.block_slots
+            kept = _Kept(plan, q, k, v, do, *gates, packed, scale)
             if normalize:
                 kept.walk(start, dend, None, d_scale, None, first=0, directions=1)
                 rden, dden = (torch.empty(B * HV, T, dtype=torch.float32, device=device) for _ in range(2))
                 weights = rden, dden
-                _normaliser[(HV * slots,)](
-                    q, *q.stride()[:3], k, *k.stride()[:3], o, do, *do.stride()[:3], _or(R, q), _or(g_gamma, q),
-                    kept.z, *weights, plan.cu, table, T, H, HV, cuts, scale,
-                    EPS=EPS, K=K, V=V, BK=_power(K), BV=_power(V), C=length, GATE=kind, REVERSE=reverse, LAYOUT=layout,
-                    TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=8, num_stages=1,
+                _normaliser_launch(plan, layout)(
+                    _normaliser,
+                    q, *q_, k, *k_, o, do, *do_, _or(R, q), _or(g_gamma, q),
+                    kept.z, *weights, *block_packed, T, H, HV, cuts, scale,
                 )  # fmt: skip
                 if plan.cut:
-                    dend = _segment_states(plan, q, do, gate, weights, dfinal_state, dS0, *options, mirror=True)
+                    dend = _segment_states(plan, q, do, *gates, packed, weights, dfinal_state, dS0, scale, mirror=True)
                     d_scale, dstart = 1.0, None
                 kept.walk(start, dend, dstart, d_scale, weights, first=1, directions=1)
             else:
                 kept.walk(start, dend, dstart, d_scale, None, first=0, directions=2)
             start, dend, dstart, d_scale = kept.states[0], kept.states[1], None, 1.0
-            z, dz = kept.z[0], kept.z[1]
-        BN = plan.columns(max(K, V))
-        TK, TV = _ceil(K, BN), _ceil(V, BN)
+            if normalize:
+                z, dz = kept.z[0], kept.z[1]
+            packed = block_packed
+        TK, TV = plan.output_tiles
         rho = across = q
         if rho_wanted:
             rho = torch.empty(3, TK, B * HV, T, dtype=torch.float32, device=device)
             across = torch.empty(slots, HV, TV, dtype=torch.float32, device=device)
-        together = plan.blocks and not plan.tokens and TK == TV == 1  # one program for all of a block
-        _backward[((1 if together else 2 * TK + TV) * HV * slots,)](
-            q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], do, *do.stride()[:3], dq, dk, dv,
-            _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, across, _or(start, q), *_or(start, q).stride(),
-            _or(dend, q), *_or(dend, q).stride(), z, dz, _or(dstart, q), plan.cu, table,
+        S0, dS1 = _or(start, q), _or(dend, q)
+        launch = _backward_launch(
+            plan, layout, slots, rho_wanted, start is not None, dend is not None, dstart is not None
+        )
+        launch(
+            _backward,
+            q, *q_, k, *k_, v, *v_, do, *do_, dq, dk, dv,
+            _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, across, S0, *S0.stride(),
+            dS1, *dS1.stride(), z, dz, _or(dstart, q), *packed,
             T, N, H, HV, cuts, length, slots, B * HV, scale, d_scale,
-            EPS=EPS, K=K, V=V, BK=plan.rows(K), BV=plan.rows(V), BN=BN, C=plan.C, GATE=kind, REVERSE=reverse,
-            NORMALIZE=normalize, RHO=rho_wanted, HAS_S0=start is not None, HAS_DS1=dend is not None,
-            HAS_DS0=dstart is not None, LAYOUT=layout, BLOCKS=plan.blocks > 0, TOKENS=plan.tokens,
-            PRECISION=plan.precision, num_warps=plan.tile.warps, num_stages=plan.tile.stages,
-            maxnreg=plan.tile.registers,
         )  # fmt: skip
         dg = dgamma = None
         if rho_wanted:
-            NB = max(1, 1024 // length)
-            programs = _ceil(slots, NB)
+            launch = _gate_gradient_launch(plan, layout, wants_dgamma)
+            programs = launch.grid[0] // HV
             part = torch.empty(programs, HV, dtype=torch.float32, device=device) if wants_dgamma else rho
             dg = torch.empty(B, T, HV, dtype=g.dtype, device=device) if wants_dg and g is not None else None
-            _gate_gradient[(HV * programs,)](
-                rho, across, _or(dg, rho), part, plan.cu, table, T, N, HV, cuts, slots, B * HV,
-                TILES=TK, ACROSS=TV, REVERSE=reverse, LAYOUT=layout,
-                SUM=wants_dgamma, C=length, NB=NB, num_warps=4,
+            launch(
+                _gate_gradient,
+                rho, across, _or(dg, rho), part, *packed, T, N, HV, cuts, slots, B * HV,
             )  # fmt: skip
             if wants_dgamma and g_gamma is not None:
                 dgamma = part.sum(0).to(g_gamma.dtype)
         if groups > 1:
             dq, dk = (x.view(B, T, H, groups, K).sum(3).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, dg, dgamma, dS0
+
+
+@_remembered
+def _step_launch(normalize: bool, device: int, settings: tuple[Any, ...], inputs: tuple[Any, ...]) -> Launch:
+    (_, (B, _, K), _), _, (_, (_, HV, V), _), _, g, g_gamma, indices = inputs
+    gate = 2 if g_gamma is not None else int(g is not None)
+    tile = tiles.tile("step", "any", K, V)
+    BN = min(tile.block, _power(V))
+    return Launch(
+        (1 if normalize else _ceil(V, BN)) * HV * B,
+        EPS=EPS, K=K, V=V, BK=_power(K), BN=BN, GATE=gate, NORMALIZE=normalize, INDEXED=indices is not None,
+        num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def step_(
@@ -463,21 +585,19 @@ def step_(
     normalize: bool,
 ) -> Tensor:
     """One token for every row of q; `state` is updated in place."""
-    (B, H, K), (HV, V) = q.shape, v.shape[1:]
+    (B, H, _), (HV, V) = q.shape, v.shape[1:]
     o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
     if q.numel() == 0 or v.numel() == 0:
         return o.zero_()
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = [x if x.stride()[-1] == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v)]
     g_gamma = _vector(g_gamma)
-    tile = tiles.tile("step", "any", K, V)
-    BN = min(tile.block, _power(V))
-    kind = 1 if g is not None else 2 if g_gamma is not None else 0
+    rate = _or(g, q)
     with _on(q):
-        _step[((1 if normalize else _ceil(V, BN)) * HV * B,)](
+        inputs = form(q, k, v, state, g, g_gamma, state_indices)
+        _step_launch(normalize, q.get_device(), tiles.settings(), inputs)(
+            _step,
             q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2], o, state, *state.stride(),
-            _or(g, q), *_or(g, q).stride()[:2], _or(g_gamma, q), _or(state_indices, q),
+            rate, *rate.stride()[:2], _or(g_gamma, q), _or(state_indices, q),
             1 if state_indices is None else state_indices.stride(0), H, HV, state.shape[0], scale,
-            EPS=EPS, K=K, V=V, BK=_power(K), BN=BN, GATE=kind, NORMALIZE=normalize,
-            INDEXED=state_indices is not None, num_warps=tile.warps,
         )  # fmt: skip
     return o

@@ -13,6 +13,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TABLE = Path(__file__).with_name("tiles.json")
 
@@ -29,6 +30,11 @@ class Tile:
 override: dict[str, Tile] = {}  # kernel -> tile: how `python -m torch_la tune` and the tests measure a row
 segment: int | None = None  # likewise the length of a segment
 in_blocks = False  # likewise: a backward without gradients of gates works in blocks too
+
+
+def settings() -> tuple[Any, ...]:
+    """What the first two say now: a plan made under other settings is not for this call."""
+    return segment, *override.items()
 
 
 @functools.cache
