@@ -39,6 +39,9 @@ class Function:
     def run(self, *args: Any) -> None:
         self.log.append(("compiled", *args))
 
+    def warmup(self, *args: Any, grid: tuple[int], **constants: Any) -> None:
+        self.log.append(("warmup", grid, args, constants))
+
 
 X = torch.zeros(64)
 
@@ -67,6 +70,48 @@ def test_the_second_call_goes_to_compiled_code() -> None:
     pointers = y.data_ptr(), X.data_ptr()
     code = 7, 1, 1, "stream of 0", "function", "metadata", None, None, None
     assert kernel.log[-1] == ("compiled", *code, *pointers, 16, 0.25, 2, 1)  # constants in the kernel's order
+
+
+def test_launches_that_wait_compile_first_and_keep_their_order() -> None:
+    first, second, kernel = a_launch(), Launch(3, A=1, B=1), Function()
+    first(kernel, X, X, 16, 0.5)
+    kernel.log.clear()
+    with dispatch.compiled_at_once():
+        first(kernel, X, X, 16, 0.25)  # remembered: it could go ahead, and must not
+        second(kernel, X, X, 8, 0.5)
+        assert kernel.log == []
+    assert [entry[0] for entry in kernel.log] == ["warmup", "warmup", "compiled", "triton"]
+    assert kernel.log[0] == ("warmup", (7,), (X, X, 16, 0.25), {"B": 1, "A": 2, "num_warps": 4})
+    assert kernel.log[3] == ("triton", (3,), (X, X, 8, 0.5), {"A": 1, "B": 1})
+
+
+def test_launches_that_wait_are_dropped_with_an_error() -> None:
+    it, kernel = a_launch(), Function()
+
+    def fails() -> None:
+        with dispatch.compiled_at_once():
+            it(kernel, X, X, 16, 0.5)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert kernel.log == []
+    assert way(it, kernel) == "triton"  # and none waits any longer
+
+
+def test_only_the_first_call_of_a_kind_waits() -> None:
+    def plan(T: int, dtype: torch.dtype = torch.float16, device: int | None = 0) -> Any:
+        x = torch.zeros(1, T, 1, 16, dtype=dtype)
+        args = ("chunk", "forward", False, False, False, False, device, 132, tiles.settings())
+        return launch._planned(*args, form(x, x, x, None, None, None, None))
+
+    def waits(plan: Any) -> bool:
+        return launch._begin(plan) is not launch._HERE
+
+    launch._begun.clear()
+    assert [waits(plan(64)), waits(plan(64)), waits(plan(80))] == [True, False, False]
+    assert [waits(plan(64, torch.bfloat16)), waits(plan(64, torch.bfloat16))] == [True, False]
+    assert [waits(plan(64, device=1)), waits(plan(64, device=None))] == [True, False]
 
 
 def test_a_pointer_that_is_not_aligned_is_left_to_triton() -> None:

@@ -404,8 +404,8 @@ def inner(p, other, m, n, p_m, p_n, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def together(
-    q, q_t, k, k_t, v, v_t, do, do_t, dq, dk, dk_t, dv, dv_t, G, gamma2, rden, dden, rho, rho_size, across, S0, s_k, s_v,
-    dS1, d_k, d_v, z, dz, due, t0, t1, scale,
+    q, q_t, k, k_t, v, v_t, do, do_t, dq, dk, dk_t, dv, dv_t, G, gamma2, rden, dden, rho, rho_size, across,
+    S0, s_k, s_v, dS1, d_k, d_v, z, dz, due, t0, t1, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, RHO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -581,9 +581,10 @@ def backward(
         m, n = tl.arange(0, BV), n0 + tl.arange(0, BN)
         mv = tl.arange(0, BK)
         if tile < TK:
+            rq = rho + (tile.to(tl.int64) * heads + head) * T
             S = load_state(S0, used, m, n, s_v, s_k, V, K, HAS_S0, BV, BN, MOVES)
             go(
-                do, do_t, v, v_t, k, k_t, dq, HV * K, q, q_t, rho + (tile.to(tl.int64) * heads + head) * T, rho, G, gamma2, rden, dden,
+                do, do_t, v, v_t, k, k_t, dq, HV * K, q, q_t, rq, rq, G, gamma2, rden, dden,
                 S, load_z(z, used, n, 1, K, NORMALIZE, BN), 0.0, t0, t1, n0,
                 scale, EPS, V, K, BV, BN, C, 1, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
@@ -601,13 +602,14 @@ def backward(
             dSv = load_state(dS1, used, mv, n, d_k, d_v, K, V, HAS_DS1, BK, BN, MOVES)
             if MOVES:
                 dSv = dSv * d_scale
-            Sv, zv = go(
+            Sv, _zv = go(
                 k, k_t, q, q_t, do, do_t, dv, HV * V, v, v_t, rho, rho, G, gamma2, rden, dden, dSv,
                 tl.zeros([BK], tl.float32), due, t0, t1, n0,
                 scale, EPS, K, V, BK, BN, C, 2, GATE, REVERSE, NORMALIZE, False, MOVES, PRECISION,
             )  # fmt: skip
             if RHO:
-                e = inner(S0, dSv, mv, n, s_k, s_v, K, V)
+                dSb = load_state(dS1, True, mv, n, d_k, d_v, K, V, True, BK, BN, False)  # not kept through the walk
+                e = inner(S0, dSb, mv, n, s_k, s_v, K, V)
                 if NORMALIZE and tile == 2 * TK:
                     e += tl.sum(load_z(z, True, mv, 1, K, True, BK) * load_z(dz, True, mv, 1, K, True, BK), 0)
                 if GATE == 2:

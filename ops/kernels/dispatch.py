@@ -7,11 +7,18 @@ whether it is like an earlier one (`form`), and then remembers its launches.
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from triton import knobs
+from triton import AsyncCompileMode, knobs
 from triton.runtime import driver
+
+_waiting: ContextVar[list[Any] | None] = ContextVar("waiting", default=None)
 
 
 def form(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
@@ -48,7 +55,11 @@ class Launch:
         run(*self.grid, 1, 1, stream, function, metadata, None, None, None, *values)
 
     def learn(self, kernel: Any, args: tuple[Any, ...]) -> None:
-        """Launches by way of Triton, and remembers what it launched."""
+        """Launches by way of Triton, and remembers what it launched; or waits."""
+        queue = _waiting.get()
+        if queue is not None:
+            queue.append((self, kernel, args))
+            return
         compiled = kernel[self.grid](*args, **self.constants)
         tensors = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
         if not hasattr(compiled, "packed_metadata") or any(args[i].data_ptr() & 15 for i in tensors):
@@ -59,6 +70,27 @@ class Launch:
 
 
 def _watched() -> bool:
-    """Does a profiler want to see launches? Triton has a chain of hooks, which may be empty."""
+    """Do launches wait, or does a profiler want to see them? Triton has a chain of hooks, which may be empty."""
+    if _waiting.get() is not None:
+        return True
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@contextlib.contextmanager
+def compiled_at_once() -> Iterator[None]:
+    """Launches in here wait for its end. The code that they need is then compiled in threads, several kernels at once.
+
+    A backward with the normaliser has ten kernels. One after the other they take twice as long to compile.
+    """
+    queue: list[tuple[Launch, Any, tuple[Any, ...]]] = []
+    token = _waiting.set(queue)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads, AsyncCompileMode(threads):
+        for launch, kernel, args in queue:
+            kernel.warmup(*args, grid=launch.grid, **launch.constants)
+    for launch, kernel, args in queue:
+        launch(kernel, *args)

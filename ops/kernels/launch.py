@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..reference import EPS
 from . import chunk, segments, step, tiles
-from .dispatch import Launch, form
+from .dispatch import Launch, compiled_at_once, form
 
 _forward, _local_state, _boundaries = chunk.forward, chunk.local_state, chunk.boundaries
 _normaliser, _backward = chunk.normaliser, chunk.backward
@@ -49,6 +49,18 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 _HERE = contextlib.nullcontext()
+_begun: set[tuple[Any, ...]] = set()
+
+
+def _begin(plan: _Plan) -> contextlib.AbstractContextManager[object]:
+    """The first call of a kind compiles its kernels at once."""
+    if plan.begun:
+        return _HERE
+    plan.begun = True
+    if plan.code[0] is None or plan.code in _begun:
+        return _HERE
+    _begun.add(plan.code)
+    return compiled_at_once()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -102,6 +114,8 @@ class _Plan:
     length: int  # tokens of a segment
     slots: int
     strides: tuple[tuple[int, ...], ...]  # of q, k, v and in the backward do, without the last
+    code: tuple[Any, ...]  # the device, and what tells one kind of call from others whose kernels differ
+    begun: bool = False
     block_slots: int = 0  # those of the blocks, where the backward works in blocks
     blocks: int = 0  # and those of a dense sequence
 
@@ -122,7 +136,8 @@ class _Plan:
         """For the kernels that only move the state."""
         if self.tokens or self.precision == "ieee":
             return self.tile
-        return tiles.tile("states", self.kind, self.K, self.V)
+        tile = tiles.tile("states", self.kind, self.K, self.V)
+        return replace(tile, stages=max(1, tile.stages * tile.chunk // self.C))  # longer chunks, the same memory
 
     @functools.cached_property
     def output_tiles(self) -> tuple[int, int]:
@@ -197,6 +212,10 @@ def _planned(
     plan = _Plan(
         B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, dtype, precision, kind, tile, layout,
         cuts, length, slots, tuple(x[2][:3] for x in (*inputs[:3], *inputs[8:9])),
+        (
+            device, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V, layout, cuts > 1,
+            *(x is None for x in inputs),
+        ),
     )  # fmt: skip
     if in_blocks:
         plan.blocks = _ceil(T, plan.C)
@@ -377,9 +396,9 @@ def forward(
         return torch.zeros(B, T, HV, V, dtype=v.dtype, device=v.device), final
     q, k, v = _rows(q), _rows(k), _rows(v)
     g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
-    with _on(q):
+    plan = _plan(op, "forward", normalize, reverse, False, q, k, v, g, g_gamma, cu_seqlens, initial_state)
+    with _on(q), _begin(plan):
         o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
-        plan = _plan(op, "forward", normalize, reverse, False, q, k, v, g, g_gamma, cu_seqlens, initial_state)
         cu = _or(cu_seqlens, q)
         packed = cu, _table(plan, cu, plan.length, plan.slots) if plan.layout == PACKED_CUT else q
         R = _gates(plan, g, cu)
@@ -478,15 +497,15 @@ def backward(
     o = None if o is None else o.contiguous()  # our own, but a vmap may have folded it into another shape
     g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
     groups = HV // H
-    with _on(q):
+    rho_wanted = wants_dg or wants_dgamma
+    in_blocks = rho_wanted or normalize or tiles.in_blocks
+    inputs = q, k, v, g, g_gamma, cu_seqlens, initial_state, o, do, dfinal_state
+    plan = _plan(op, "backward", normalize, reverse, in_blocks, *inputs)
+    with _on(q), _begin(plan):
         dqk = torch.float32 if groups > 1 else q.dtype
         dq = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dk = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=device)
-        rho_wanted = wants_dg or wants_dgamma
-        in_blocks = rho_wanted or normalize or tiles.in_blocks
-        inputs = q, k, v, g, g_gamma, cu_seqlens, initial_state, o, do, dfinal_state
-        plan = _plan(op, "backward", normalize, reverse, in_blocks, *inputs)
         cu = _or(cu_seqlens, q)
         packed = cu, _table(plan, cu, plan.length, plan.slots) if plan.layout == PACKED_CUT else q
         block_packed = packed
@@ -553,10 +572,10 @@ def backward(
                 _gate_gradient,
                 rho, across, _or(dg, rho), part, *packed, T, N, HV, cuts, slots, B * HV,
             )  # fmt: skip
-            if wants_dgamma and g_gamma is not None:
-                dgamma = part.sum(0).to(g_gamma.dtype)
-        if groups > 1:
-            dq, dk = (x.view(B, T, H, groups, K).sum(3).to(q.dtype) for x in (dq, dk))
+    if wants_dgamma and g_gamma is not None:
+        dgamma = part.sum(0).to(g_gamma.dtype)
+    if groups > 1:
+        dq, dk = (x.view(B, T, H, groups, K).sum(3).to(q.dtype) for x in (dq, dk))
     return dq, dk, dv, dg, dgamma, dS0
 
 

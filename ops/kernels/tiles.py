@@ -2,9 +2,10 @@
 
 Rows are [chunk, block, warps, stages] or [chunk, block, warps, stages, registers], keyed by kernel, by how products
 are computed ("half" for bfloat16 and float16, "tf32" and "ieee" for float32; "+blocks": a backward in blocks,
-"+norm": with the normaliser) and by the largest width that a row is for. What has no row of its own takes the one that
-is named with less. A chunk of 1 means token by token, in exact float32, without matrix units. The chunk of "states" is
-not read: it is that of the kernel they serve.
+"+norm": with the normaliser; "+gates": with gates of any kind) and by the largest width that a row is for. What has no
+row of its own takes the one that is named with less. A chunk of 1 means token by token, in exact float32, without
+matrix units. The chunk of "states" is that of the kernel they serve: the row says for which its stages are meant. A
+backward in blocks whose block holds all columns of K and of V takes one program for dq, dk and dv.
 """
 
 from __future__ import annotations

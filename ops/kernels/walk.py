@@ -71,6 +71,38 @@ def plus(x, y, factor, z, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def parts(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A float32 vector as sixteen rows of operands: its rounding, twice what rounding took off, zeros."""
+    row = tl.arange(0, 16)[:, None]
+    high = operand(x, DTYPE, PRECISION).to(tl.float32)
+    middle = operand(x - high, DTYPE, PRECISION).to(tl.float32)
+    low = x - high - middle
+    x = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
+    return operand(tl.where(row < 3, x, 0.0), DTYPE, PRECISION)
+
+
+@triton.jit
+def weighted(x, weight, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """sum over m of x_im weight_m in float32, as a product with sixteen columns: x stays in shared memory.
+
+    (float16 has not the range for the parts, and exact products are no faster.)
+    """
+    if PRECISION == "ieee" or tl.float16 == DTYPE:
+        return tl.sum(x.to(tl.float32) * weight[None, :], 1)
+    else:
+        return tl.sum(tl.dot(x, tl.trans(parts(weight, DTYPE, PRECISION)), input_precision=PRECISION), 1)
+
+
+@triton.jit
+def weighted_rows(x, weight, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """sum over i of weight_i x_im, likewise."""
+    if PRECISION == "ieee" or tl.float16 == DTYPE:
+        return tl.sum(x.to(tl.float32) * weight[:, None], 0)
+    else:
+        return tl.sum(tl.dot(tl.trans(x), tl.trans(parts(weight, DTYPE, PRECISION)), input_precision=PRECISION), 1)
+
+
+@triton.jit
 def rows(p, stride, t, i, live, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Tile [C, BLOCK] of a [T, WIDTH] tensor from token t on; zeros outside."""
     p = p + t * stride + i[:, None] * stride + col[None, :]
@@ -302,11 +334,8 @@ def walk(
 
         P, y = products(xa, xb, S, TWICE, DTYPE, PRECISION)
         if NORMALIZE and ROLE == 0:
-            qz = tl.sum(xa.to(tl.float32) * z[None, :], 1)
-        if RHO:
-            xx = operand(rows(x, x_t, t, i, live, n, N, BN), DTYPE, PRECISION)
-        else:
-            xx = xc
+            qz = weighted(xa, z, DTYPE, PRECISION)
+        xx = operand(rows(x, x_t, t, i, live, n, N, BN), DTYPE, PRECISION) if RHO else xc
         y, total = output(
             P, y, xc, xx, z, w, dd, R, D, gamma, rho + t, rho_rest + t, i, live, scale,
             ROLE, GATE, BACK, NORMALIZE, RHO, TWICE, PRECISION, FACTORED,
@@ -318,11 +347,10 @@ def walk(
         store_rows(out, out_t, t, i, live, n, y, N, BN)
         if MOVES:
             if NORMALIZE and ROLE == 0:
-                zk = xb.to(tl.float32)
                 if GATE != 0:
-                    zk = zk * U[:, None]
-                    z = z * gain
-                z += tl.sum(zk, 0)
+                    z = z * gain + weighted_rows(xb, U, DTYPE, PRECISION)
+                else:
+                    z += weighted_rows(xb, tl.full([C], 1.0, tl.float32), DTYPE, PRECISION)
             if FACTORED:
                 S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION) * gain
             elif GATE != 0:
@@ -379,15 +407,13 @@ def walk_states(
                 gain = tl.exp2(end.to(tl.float32))
             S = S * gain
         if NORMALIZE:
-            zk = xb.to(tl.float32)
-            if MIRROR:
-                zk = zk * tl.load(dden + t + i, mask=live, other=0.0)[:, None]
-                w = tl.load(rden + t + i, mask=live, other=0.0)
+            weight = tl.load(dden + t + i, mask=live, other=0.0) if MIRROR else tl.full([C], 1.0, tl.float32)
             if GATE != 0:
-                zk = zk * U[:, None]
+                weight = weight * U
                 z = z * gain
-            z += tl.sum(zk, 0)
+            z += weighted_rows(xb, weight, DTYPE, PRECISION)
             if MIRROR:
+                w = tl.load(rden + t + i, mask=live, other=0.0)
                 U = U * w if GATE != 0 else w
         if GATE != 0 or (NORMALIZE and MIRROR):
             xc = operand(xc.to(tl.float32) * U[:, None], DTYPE, PRECISION)

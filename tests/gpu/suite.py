@@ -350,7 +350,9 @@ def call(case: dict, x: dict) -> tuple:
     forward = lambda: launch.forward(case["op"], *qkvg, False, x["cu"], *options)
     o = forward()[0]
     saved = o if case["normalize"] else None
-    return forward, lambda: launch.backward(case["op"], *qkvg, x["cu"], *options, saved, x["do"], None, not case.get("fixed"))
+    return forward, lambda: launch.backward(
+        case["op"], *qkvg, x["cu"], *options, saved, x["do"], None, not case.get("fixed")
+    )
 
 
 def bandwidth() -> float:
