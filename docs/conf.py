@@ -58,13 +58,16 @@ def _worst(cases: dict) -> str:
 def _timing(record: dict) -> str:
     rows = []
     for r in record["timing"]:
-        _, _, B, T, H, _, K, _, gate = r["case"].split()
-        kernels = sum(r["kernels"].values())
-        forward, backward, first = r["forward"], r["backward"], r["first"]
-        both = f"{forward + backward:.3f} ({r['both_floor']:.2f} x floor; {kernels:.3f})"
-        cells = [f"{B} {T} {H} D{K[1:]}", gate, f"{forward:.3f} ({r['forward_floor']:.2f} x floor)", f"{backward:.3f}"]
-        rows.append([*cells, both, f"{first:.1f} s"])
-    return _table(["shape", "gate", "forward", "backward", "both", "first call"], rows)
+        forward, backward, both = "", "", ""
+        if "forward" in r:
+            forward = f"{r['forward']:.3f} ({r['forward_floor']:.2f} x floor)"
+        if "backward" in r:
+            backward = f"{r['backward']:.3f}"
+        if "both_floor" in r:
+            both = f"{r['forward'] + r['backward']:.3f} ({r['both_floor']:.2f} x floor)"
+        kernels = ", ".join(f"{name} {ms:.3f}" for name, ms in r["kernels"].items())
+        rows.append([r["shape"], r["gate"], forward, backward, both, kernels])
+    return _table(["shape", "gate", "forward", "backward", "both", "kernels"], rows)
 
 
 def _findings(record: dict) -> str:
@@ -191,21 +194,29 @@ _overhead = _record("overhead")
 _calls = ["call", "forward", "forward, recorded for a gradient", "forward and backward"]
 _columns = ["forward", "forward_recorded", "forward_and_backward"]
 _overhead_rows = [[row["call"], *(f"{row[column]:.1f}" for column in _columns)] for row in _overhead["table"]]
-_models = _record("transformers_cpu")
-_models_rows = [
-    [r["what"], f"{r['upstream_ms']:.1f}", f"{r['torch_la_ms']:.1f}", f"{r['ratio']:.2f}"] for r in _models["rows"]
-]
+
+
+def _models(where: str) -> dict:
+    record = _record(f"transformers_{where}")
+    numbers = ("upstream_ms", "torch_la_ms", "ratio")
+    rows = [[r["what"], *(f"{r[n]:.2f}" if r.get(n) else "" for n in numbers)] for r in record["rows"]]
+    return {**record, "table": _table(["", "upstream, ms", "torch_la, ms", "ratio"], rows)}
+
+
 _gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer", "pytest")}
 _gpu["cases"] |= {"count": len(_gpu["cases"]["cases"]), "wrong": sum(not c["ok"] for c in _gpu["cases"]["cases"])}
-_gpu["pytest"] |= {"passed": sum(f["passed"] for f in _gpu["pytest"]["files"]), "wrong": len(_gpu["pytest"]["failed"])}
+_gpu["pytest"] |= {
+    "passed": sum(f["passed"] for f in _gpu["pytest"]["files"]),
+    "wrong": sum(f.get("failure", 0) + f.get("error", 0) for f in _gpu["pytest"]["files"]),
+}
 _stack = _record("stack")
 _spills = [[*name.rsplit(" ", 1), str(size)] for name, size in _stack["stack_bytes"].items() if size]
 _tables = {"cases": _worst, "timing": _timing, "sanitizer": _findings}
 myst_substitutions = {
-    "bench": {"gpu": _benchmark_table("gpu"), "cpu": _benchmark_table("cpu"), "wrong": _wrong_picks()},
+    "bench": {where: _benchmark_table(where) for where in ("gpu", "peer_gpu", "cpu")} | {"wrong": _wrong_picks()},
     "compile": _compile(),
     "overhead": {**_overhead, "table": _table(_calls, _overhead_rows)},
-    "models": {**_models, "table": _table(["", "upstream, ms", "torch_la, ms", "ratio"], _models_rows)},
+    "models": {where: _models(where) for where in ("cpu", "gpu")},
     "stack": {**_stack, "table": _table(["case", "kernel", "stack, bytes"], _spills)},
     "gpu": {name: {**r, "table": _tables[name](r) if name in _tables else ""} for name, r in _gpu.items()},
 }

@@ -186,16 +186,18 @@ def _planned(
     tokens = tile.chunk == 1
     N = B if packed is None else packed
     # cut so that about two programs of four warps, or one of eight, run on every multiprocessor
-    programs = HV * _ceil(V, tile.block)
     in_blocks |= kernel == "backward" and tokens
-    if in_blocks:  # those of `boundaries`
-        states = tile if tokens or precision == "ieee" else tiles.tile("states", kind, K, V)
-        programs = HV * _ceil(V, states.block) * (1 if normalize else 2)
+    walks = tile
+    if in_blocks and not tokens and precision != "ieee":  # `boundaries` walks, and the blocks need no cut
+        walks = tiles.tile("states", kind, K, V)
+    programs = HV * _ceil(V, walks.block)
+    if in_blocks:
+        programs *= 1 if normalize else 2
     elif kernel == "backward":
-        programs += 2 * HV * _ceil(K, tile.block)
+        programs += 2 * HV * _ceil(K, walks.block)
     length = T
     if kernel == "backward" or op == "chunk":
-        wanted = 8 // tile.warps * processors
+        wanted = 8 // walks.warps * processors
         if 1.1 * B * programs < wanted:
             length = max(SHORTEST, -(-T * B * programs // wanted))
         if tiles.segment is not None:

@@ -72,7 +72,10 @@ def plus(x, y, factor, z, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def parts(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """A float32 vector as sixteen rows of operands: its rounding, twice what rounding took off, zeros."""
+    """A float32 vector as sixteen rows of operands: its rounding, twice what rounding took off, zeros.
+
+    Rows, for the products to transpose: sixteen columns in memory order are miscompiled (docs/kernels, hazards).
+    """
     row = tl.arange(0, 16)[:, None]
     high = operand(x, DTYPE, PRECISION).to(tl.float32)
     middle = operand(x - high, DTYPE, PRECISION).to(tl.float32)

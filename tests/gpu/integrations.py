@@ -193,6 +193,12 @@ def model_passes(name: str, models: list[nn.Module], bench: Bench, size: dict[st
     bench.compare(f"{name} model, one token", *map(token, models))
 
 
+def write(record: dict[str, Any], path: Path | None) -> None:
+    """After each part: a run that is stopped keeps what it has."""
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=SIZES)
@@ -207,18 +213,11 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     bench = Bench(options.device, options.repeats)
-    for build in (minimax, mamba2):
-        if options.match not in build.__name__:
-            continue
-        models, path = pair(build, bench, size)
-        module_passes(build.__name__, [m.get_submodule(path) for m in models], bench, size)
-        model_passes(build.__name__, models, bench, size)
-        del models
-    machine = options.machine or (torch.cuda.get_device_name() if options.device == "cuda" else "x86 CPU, one thread")
     record = {
         "what": "milliseconds, best of the repeats; ratio is upstream over torch_la",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine,
+        "machine": options.machine
+        or (torch.cuda.get_device_name() if options.device == "cuda" else "x86 CPU, one thread"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -227,11 +226,17 @@ def main() -> None:
         **size,
         "rows": bench.rows,
     }
-    text = json.dumps(record, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    for build in (minimax, mamba2):
+        if options.match not in build.__name__:
+            continue
+        models, path = pair(build, bench, size)
+        module_passes(build.__name__, [m.get_submodule(path) for m in models], bench, size)
+        write(record, options.json)
+        model_passes(build.__name__, models, bench, size)
+        write(record, options.json)
+        del models
+    if not options.json:
+        print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
