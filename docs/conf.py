@@ -200,6 +200,8 @@ def _models(where: str) -> dict:
     record = _record(f"transformers_{where}")
     numbers = ("upstream_ms", "torch_la_ms", "ratio")
     rows = [[r["what"], *(f"{r[n]:.2f}" if r.get(n) else "" for n in numbers)] for r in record["rows"]]
+    for row, r in zip(rows, record["rows"], strict=True):
+        row[-1] = row[-1] or r.get("problem", "")
     return {**record, "table": _table(["", "upstream, ms", "torch_la, ms", "ratio"], rows)}
 
 

@@ -1,6 +1,5 @@
-"""The benchmark and the tile tuner as commands: what they compute, not how fast."""
+"""The benchmark as a command: what it computes, not how fast."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from torch_la import bench, bench_calls, reference, tune
+from torch_la import bench, bench_calls, reference
 from torch_la.__main__ import main
 from torch_la.bench_calls import GATES, PEERS, SHAPES, Shape, make
-from torch_la.ops.kernels import tiles
 
 SEQUENCE, GROUPED, DECODE = Shape(1, 64, 2, 8, 8, 2), Shape(2, 48, 1, 8, 4, 2), Shape(2, 1, 2, 8, 4, 2, "decode")
 VARLEN = Shape(1, 48, 2, 8, 8, 2, lengths=(16, 0, 32))
@@ -46,12 +44,21 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     assert set(found) == expected
     assert len(found) == len(expected)
     out = capsys.readouterr().out
+    for group in {bench.group(r) for r in record["rows"]}:  # peers last: a run that is stopped in them keeps our rows
+        ours = [r["ours"] for r in record["rows"] if bench.group(r) == group]
+        assert ours == sorted(ours, reverse=True)
     for r in measured:
+        compared = r["shape"] == shapes[0] and r["gate"] == "none" and r["ours"]  # (softmax is other mathematics)
+        assert r.get("best_peer") == ("naive" if compared else None)
+        if compared:
+            (naive,) = (p for p in measured if p["provider"] == "naive" and p["mode"] == r["mode"])
+            assert r["x_best_peer"] == naive["ms"] / r["ms"]
+            assert f"chunk {r['mode']} {r['x_best_peer']:.2f} naive" in out
         assert r["ms"] > 0
         assert r["floor_ms"] > 0 or r["shape"].startswith("host")
         assert r.get("difference", 0) < 1e-5
     assert "helion: not measured: ModuleNotFoundError" in out
-    assert out.count("x best peer") == 1
+    assert out.count("x best peer") == 2  # the head, and a line behind the peers
     assert out.count("recurrent_step *") == len(GATES)
     assert not [r for r in record["rows"] if "error" in r]
 
@@ -294,63 +301,3 @@ def test_the_compiled_form_is_the_operator() -> None:
     x = make(SEQUENCE, "none", "cpu", torch.float32)
     call = PEERS["naive_compiled"][1](x)
     assert bench_calls.difference(call, bench_calls.ours("chunk", x).run().detach()) < 1e-5
-
-
-# ------------------------------------------------------------------------------------------------------------ the tuner
-
-
-def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["tune"]) == 2
-    assert "CUDA" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kernel", ["forward", "backward", "tokens", "step"])
-def test_tune_refuses_a_kernel_that_is_wrong(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check itself, on CPU kernels: right ones are within the limits, and one with one wrong number is not."""
-    from torch_la import functions, ops
-
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    limit = tune.LIMITS["ieee"][torch.float32]
-    assert tune._worst(kernel, torch.float32, 16) < limit
-    if kernel == "step":
-        right = functions.recurrent_step
-        monkeypatch.setattr(functions, "recurrent_step", lambda *a, **k: 1.001 * right(*a, **k))
-    else:
-        operator = getattr(ops, "recurrent" if kernel == "tokens" else "fused_chunk").operator
-        run = operator._eager["cpu"]
-
-        def wrong(*inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
-            o, state = run(*inputs)
-            return 1.001 * o, state
-
-        monkeypatch.setitem(operator._eager, "cpu", wrong)
-    assert tune._worst(kernel, torch.float32, 16) > limit
-
-
-def test_tune_counts_what_is_not_finite_as_wrong() -> None:
-    ones = torch.ones(3, dtype=torch.float64)
-    assert tune._error(torch.tensor([1, 1, float("nan")]), ones) == float("inf")
-    assert tune._error(torch.tensor([1, 1, float("inf")]), ones) == float("inf")
-    assert tune._error(ones, ones) == 0
-
-
-def test_the_table_survives_being_written() -> None:
-    table = json.loads(tiles.TABLE.read_text())
-    assert json.loads(tune._text(table)) == table
-    for kernel, rows in tune.CANDIDATES.items():
-        for precision in rows:
-            for width in tune.WIDTHS:
-                assert isinstance(tiles.tile(kernel, precision, width, width), tiles.Tile)
-    # the states between blocks are kept for the chunks of the backward
-    for precision, rows in table["states"].items():
-        for width, row in rows.items():
-            assert row[0] == table["backward"][precision + "+blocks"][width][0]
-
-
-def test_the_options_parse() -> None:
-    parser = argparse.ArgumentParser()
-    tune.add_arguments(parser)
-    options = parser.parse_args(["--kernel", "forward", "--precision", "half+blocks", "--width", "64", "--dry-run"])
-    assert (options.kernel, options.precision, options.width) == (["forward"], ["half+blocks"], [64])
-    assert options.dry_run

@@ -1,10 +1,10 @@
 """`python -m torch_la bench`: this library and its peers, in one process and one run.
 
 For every shape, kind of decay and mode (forward, forward and backward; for one token: under a CUDA graph and eager) it
-times the operator that `linear_attention` picks and every peer that imports, and prints a line for each. With
-`--ops all` it times each operator, and prints where the rule of `linear_attention` is wrong by more than 10%. The
-record is written after every line, so a run that is stopped keeps its lines. With record files as arguments nothing is
-measured: they are merged, printed and drawn.
+times the operator that `linear_attention` picks, then every peer that imports, and prints a line for each, and at last
+the ratios to the best peer. With `--ops all` it times each operator, and prints where the rule of `linear_attention` is
+wrong by more than 10%. The record is written after every line, so a run that is stopped keeps its lines: peers autotune
+for minutes. With record files as arguments nothing is measured: they are merged, printed and drawn.
 
 Times on shared machines are noisy: compare within one run, as ratios. The columns are explained in docs/performance.md.
 """
@@ -219,6 +219,17 @@ def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
     return min(rivals, key=lambda r: r["ms"], default=None)
 
 
+def compare(rows: list[Row]) -> list[str]:
+    """Writes into our rows, of one shape and gate, how they compare with the best peer; returns that as a line."""
+    ratios = []
+    for row in rows:
+        rival = best_peer(row, rows) if row["ours"] and "ms" in row else None
+        if rival:
+            row["best_peer"], row["x_best_peer"] = rival["provider"], rival["ms"] / row["ms"]
+            ratios.append(f"{row['provider']} {row['mode']} {row['x_best_peer']:.2f} {rival['provider']}")
+    return [f"  x best peer: {', '.join(ratios)}"] if ratios else []
+
+
 def wrong_picks(rows: list[Row]) -> list[str]:
     """Where another operator is faster than the one that `linear_attention` picks, by more than 10%."""
     found = []
@@ -374,7 +385,8 @@ def bench(options: argparse.Namespace, shapes: list[Shape]) -> Row:
             )
             print(f"{shape} {gate}   floors of memory and products, ms: {'; '.join(text)}")
             rows: list[Row] = []
-            for row in rows_of(x, [p for p in peers if p not in absent] + ops, device, options.seconds, options.modes):
+            names = [*ops, *(p for p in peers if p not in absent)]  # peers last: they take minutes
+            for row in rows_of(x, names, device, options.seconds, options.modes):
                 if "mode" in row:
                     row["floor_ms"] = 0.0
                     if shape.kind != "host":  # there the host counts
@@ -385,7 +397,9 @@ def bench(options: argparse.Namespace, shapes: list[Shape]) -> Row:
                     write(record, options.json)
                 if "ms" in row:
                     print(line(cells(row, rows)), flush=True)
-            print("".join(f"{text}\n" for text in tail(rows)), end="", flush=True)
+            print("".join(f"{text}\n" for text in compare(rows) + tail(rows)), end="", flush=True)
+            if options.json:
+                write(record, options.json)
             del x
             if device == "cuda":
                 torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
 """`python -m torch_la tune`: measures tile choices on this GPU and rewrites the tile table.
 
-For every row of the table (kernel, kind of product, width) it takes the candidates in turn. A candidate must first
-agree with the float64 reference on fresh inputs: every gate, the normaliser, ragged lengths, cut segments, both half
-dtypes. One that does not is refused, however fast: the compilers for these kernels have been wrong before. The fastest
-of the rest is written.
+For every row of the table (kernel, name, width) it takes the candidates in turn. A candidate must first agree with the
+float64 reference on fresh inputs, in all of `CASES` that read the row: gates with and without a gradient, the
+normaliser, ragged lengths, cut segments, both half dtypes. One that does not is refused, however fast: the compilers
+for these kernels have been wrong before. The fastest of the rest is written, timed in the first of those cases.
 
 Each candidate runs in a worker process, because an illegal access ends the process it happens in.
 """
@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,17 @@ from torch import Tensor
 
 Row = tuple[int, ...]  # chunk, block, warps, stages, and perhaps registers
 
-# Each kind of product: the dtypes it serves and the relative error against float64 that each may have.
+DEVICE = "cuda"
+TOKENS = 1 << 21  # of the shape that is timed: over all heads and batch rows, times 64 / width
+# Each kind of product, the first word of a row's name: its dtypes, and the relative error that each may have.
 LIMITS = {
     "half": {torch.bfloat16: 5e-3, torch.float16: 1e-3},
-    "half+blocks": {torch.bfloat16: 5e-3, torch.float16: 1e-3},  # a backward with gradients of gates
     "tf32": {torch.float32: 1e-3},
-    "tf32+blocks": {torch.float32: 1e-3},
     "ieee": {torch.float32: 1e-5},
-    "ieee+blocks": {torch.float32: 1e-5},
     "any": {torch.float32: 1e-5},
 }
 WIDTHS = (64, 128, 256)
+# What has no candidates of its own takes those of the row that is named with less.
 CANDIDATES: dict[str, dict[str, list[Row]]] = {
     kernel: {
         "half": list(itertools.product((64, 128), (64, 128), (4, 8), (1, 2, 3))),
@@ -63,6 +64,73 @@ CANDIDATES["tokens"] = {"any": list(itertools.product((1,), (16, 32, 64), (2, 4,
 CANDIDATES["step"] = {"any": list(itertools.product((1,), (8, 16, 32, 64), (1, 2, 4), (1,)))}
 
 
+@dataclass(frozen=True)
+class Case:
+    """Options of a call: which row it reads depends on the first three."""
+
+    gate: str  # "none", "g", "gamma", or "strong": g with decays of e^-20 among the others
+    normalize: bool = False
+    fixed: bool = False  # the gate gets no gradient
+    cut: bool = False  # into segments
+    reverse: bool = False
+
+    @property
+    def in_blocks(self) -> bool:
+        """The form of its backward."""
+        return self.normalize or (self.gate != "none" and not self.fixed)
+
+
+CASES = (
+    Case("g"),
+    Case("g", fixed=True),
+    Case("none"),
+    Case("none", normalize=True),
+    Case("g", normalize=True),
+    Case("g", reverse=True),
+    Case("g", normalize=True, cut=True),
+    Case("g", fixed=True, cut=True),
+    Case("gamma", cut=True),
+    Case("gamma", fixed=True, reverse=True),
+    Case("gamma", normalize=True, fixed=True, reverse=True),
+    Case("strong", cut=True, reverse=True),
+    Case("strong", fixed=True),
+    Case("strong", normalize=True),
+    Case("none", cut=True, reverse=True),
+    Case("none", normalize=True, cut=True, reverse=True),
+)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """`name`, or what is left of it without its last words, as it stands in `names`; "" where nothing does."""
+    names = set(names)
+    while name and name not in names:
+        name = name.rpartition("+")[0]
+    return name
+
+
+def reading(kernel: str, name: str, names: Iterable[str]) -> list[Case]:
+    """The cases whose calls read the row `name`, if the table has the rows `names` for this kernel."""
+    kind = name.partition("+")[0]
+    if kind not in LIMITS or kernel not in CANDIDATES:
+        return []
+    if kernel in ("tokens", "step"):
+        return list(CASES) if name == "any" else []
+    if kernel == "states":
+        return [case for case in CASES if case.cut or case.in_blocks] if name in ("half", "tf32") else []
+
+    def asked(case: Case) -> str:
+        blocks = kernel == "backward" and case.in_blocks
+        return kind + "+blocks" * blocks + "+norm" * case.normalize + "+gates" * (case.gate != "none")
+
+    return [case for case in CASES if _nearest(asked(case), names) == name]
+
+
+def candidates(kernel: str, name: str) -> list[Row]:
+    """The choices for a row; none for a row that this file does not know."""
+    known = CANDIDATES.get(kernel, {})
+    return known.get(_nearest(name, known), [])
+
+
 def _error(got: Tensor, right: Tensor) -> float:
     """Relative error in the Euclidean norm; NaN and infinity count as infinite."""
     got = got.double()
@@ -71,125 +139,144 @@ def _error(got: Tensor, right: Tensor) -> float:
     return float((got - right).norm() / right.norm().clamp_min(1e-30))
 
 
-def _call(kernel: str, op: Any, x: dict[str, Tensor | None], options: tuple[Any, ...]) -> list[Tensor]:
-    """What the kernel under test computes: outputs, or gradients of all inputs."""
-    leaves = {n: t.detach().requires_grad_() if t is not None else None for n, t in x.items() if n not in ("do", "cu")}
-    o, S = op(*(leaves[n] for n in ("q", "k", "v", "g", "gamma", "S0")), True, x["cu"], *options)
+def _call(kernel: str, op: Any, x: dict[str, Tensor | None], case: Case) -> list[Tensor]:
+    """What the kernel under test computes: outputs, or outputs and gradients of all inputs that get one."""
+    fixed = ("do", "g", "gamma") if case.fixed else ("do",)
+    leaves = {n: t if t is None else t.detach().requires_grad_(n not in fixed) for n, t in x.items()}
+    options = None, case.normalize, case.reverse
+    o, S = op(*(leaves[n] for n in ("q", "k", "v", "g", "gamma", "S0")), True, None, *options)
     if kernel in ("forward", "step"):
         return [o.detach(), S.detach()]
-    do = x["do"]
-    assert do is not None
-    given = [t for t in leaves.values() if t is not None]
-    return [o.detach(), S.detach(), *torch.autograd.grad((o.float() * do.to(o.device).float()).sum() + S.sum(), given)]
+    given = [t for t in leaves.values() if t is not None and t.requires_grad]
+    assert leaves["do"] is not None
+    loss = (o.float() * leaves["do"]).sum() + S.sum()
+    return [o.detach(), S.detach(), *torch.autograd.grad(loss, given)]
 
 
-def _worst(kernel: str, dtype: torch.dtype, width: int) -> float:
-    """The worst error of a kernel over the option sets that stress a tile."""
+def _draw(kernel: str, dtype: torch.dtype, width: int, case: Case) -> dict[str, Tensor | None]:
+    """Fresh inputs, on the CPU."""
+    B, T, H, HV = 2, 1 if kernel == "step" else 200 if kernel == "tokens" else 700, 2, 4
+    r = torch.randn
+    q, k = ((x.abs() + 0.1 if case.normalize else x) for x in (r(B, T, H, width), r(B, T, H, width)))
+    g = torch.nn.functional.logsigmoid(r(B, T, HV)) / 8
+    return {
+        "q": q.to(dtype), "k": k.to(dtype), "v": r(B, T, HV, width).to(dtype), "do": r(B, T, HV, width).to(dtype),
+        "g": g if case.gate == "g" else torch.where(g < -0.1, -20.0, g) if case.gate == "strong" else None,
+        "gamma": -torch.rand(HV) / 8 if case.gate == "gamma" else None,
+        "S0": torch.rand(B, HV, width, width + case.normalize),
+    }  # fmt: skip
+
+
+def _compute(kernel: str, x: dict[str, Tensor | None], case: Case) -> list[Tensor]:
+    """`_call` of the operator that runs the kernel under test."""
     from . import ops
+    from .functions import recurrent_step
+    from .ops.kernels import tiles
+
+    if kernel == "step":
+        q, k, v, g = (None if t is None else t[:, 0] for t in (x["q"], x["k"], x["v"], x["g"]))
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert x["S0"] is not None
+        state = x["S0"].clone()
+        o = recurrent_step(q, k, v, state, g, x["gamma"], normalize=case.normalize)
+        return [o.unsqueeze(1), state]
+    op = ops.recurrent if kernel == "tokens" else ops.chunk if case.cut else ops.fused_chunk
+    assert x["q"] is not None
+    try:
+        # (segments are long by default, for speed: none of these sequences would be cut)
+        tiles.segment = x["q"].shape[1] // 3 if case.cut else None
+        return _call(kernel, op.operator, x, case)
+    finally:
+        tiles.segment = None
+
+
+def _worst(kernel: str, dtype: torch.dtype, width: int, cases: Iterable[Case]) -> float:
+    """The worst error of a kernel over the cases."""
     from .ops import reference
 
     worst = 0.0
-    name = {"tokens": "recurrent", "step": "recurrent"}.get(kernel, "fused_chunk")
-    for gate, normalize, cut, reverse in (
-        ("none", False, False, False),
-        ("g", False, False, True),
-        ("g", True, True, False),
-        ("gamma", False, True, False),
-        ("strong", True, False, False),
-    ):
-        B, T, H, HV = 2, 1 if kernel == "step" else 200 if kernel == "tokens" else 700, 2, 4
-        r = torch.randn
-        q, k = ((x.abs() + 0.1 if normalize else x) for x in (r(B, T, H, width), r(B, T, H, width)))
-        g = torch.nn.functional.logsigmoid(r(B, T, HV)) / 8
-        x: dict[str, Tensor | None] = {
-            "q": q.to(dtype), "k": k.to(dtype), "v": r(B, T, HV, width).to(dtype), "do": r(B, T, HV, width).to(dtype),
-            "g": g if gate == "g" else torch.where(g < -0.1, -20.0, g) if gate == "strong" else None,
-            "gamma": -torch.rand(HV) / 8 if gate == "gamma" else None,
-            "S0": torch.rand(B, HV, width, width + normalize), "cu": None,
-        }  # fmt: skip
-        options = (None, normalize, reverse)
-        on_device = {n: None if t is None else t.cuda() for n, t in x.items()}
-        op = getattr(ops, "chunk" if cut and name == "fused_chunk" else name).operator
+    for case in cases:
         if kernel == "step":
-            from .functions import recurrent_step
-
-            y = on_device
-            assert y["S0"] is not None
-            state = y["S0"].clone()
-            q, k, v, g = (None if t is None else t[:, 0] for t in (y["q"], y["k"], y["v"], y["g"]))  # type: ignore[assignment]
-            assert v is not None
-            o = recurrent_step(q, k, v, state, g, y["gamma"], normalize=normalize)
-            got = [o.unsqueeze(1), state]
-            options = (None, normalize, False)
-        else:
-            got = _call(kernel, op, on_device, options)
-        exact = {n: None if t is None else t.double() for n, t in x.items()}
-        right = _call(kernel, reference.chunk, exact, options)
+            case = replace(case, reverse=False)  # of one token there is none
+        x = _draw(kernel, dtype, width, case)
+        got = _compute(kernel, {n: None if t is None else t.to(DEVICE) for n, t in x.items()}, case)
+        right = _call(kernel, reference.chunk, {n: None if t is None else t.double() for n, t in x.items()}, case)
         worst = max(worst, *(_error(a.cpu(), b) for a, b in zip(got, right, strict=True)))
     return worst
 
 
-def _time(kernel: str, dtype: torch.dtype, width: int, gated: bool) -> float:
-    """Milliseconds on a shape that fills the GPU."""
+def _time(kernel: str, dtype: torch.dtype, width: int, case: Case) -> float:
+    """Milliseconds on a shape that fills the GPU, of whole sequences."""
     import triton.testing
 
     from . import ops
     from .functions import recurrent_step
 
-    tokens = 1 << 21  # over all heads and batch rows, times 64 / width
+    def median(run: Callable[[], Any]) -> float:
+        return float(triton.testing.do_bench(run, return_mode="median"))
+
     T, H = (512, 16) if kernel == "tokens" else (4096, 16)
-    B = max(1, tokens * 64 // width // T // H)
-    q, k, v, do = (torch.randn(B, T, H, width, device="cuda", dtype=dtype) for _ in range(4))
-    g = torch.nn.functional.logsigmoid(torch.randn(B, T, H, device="cuda")) / 16
+    B = max(1, TOKENS * 64 // width // T // H)
+    q, k, v, do = (torch.randn(B, T, H, width, device=DEVICE, dtype=dtype) for _ in range(4))
+    if case.normalize:
+        q, k = q.abs(), k.abs()
+    g = None if case.gate == "none" else torch.nn.functional.logsigmoid(torch.randn(B, T, H, device=DEVICE)) / 16
     if kernel == "step":
-        pool = torch.randn(256, H, width, width, device="cuda")
-        q, k, v, g = (x[0, :256].contiguous() for x in (q, k, v, g))
-        return triton.testing.do_bench(lambda: recurrent_step(q, k, v, pool, g), return_mode="median")
-    gate = g if gated else None
-    op = ops.recurrent.operator if kernel == "tokens" else ops.fused_chunk.operator
-    if kernel != "backward":
-        return triton.testing.do_bench(
-            lambda: op(q, k, v, gate, None, None, False, None, None, False, False), return_mode="median"
-        )
-    return triton.testing.do_bench(
-        lambda: op.backward(q, k, v, gate, None, None, None, None, False, False, None, do, None, gated),
-        return_mode="median",
-    )
+        pool = torch.randn(256, H, width, width + case.normalize, device=DEVICE)
+        q, k, v = (x[0, :256].contiguous() for x in (q, k, v))
+        g = None if g is None else g[0, :256].contiguous()
+        return median(lambda: recurrent_step(q, k, v, pool, g, normalize=case.normalize))
+    op = (ops.recurrent if kernel == "tokens" else ops.fused_chunk).operator
+    options = None, case.normalize, False  # scale, normalize, reverse
+
+    def forward() -> Tensor:
+        return op(q, k, v, g, None, None, False, None, *options)[0]
+
+    if kernel in ("forward", "tokens"):
+        return median(forward)
+    o = forward() if case.normalize else None
+    gradient = g is not None and not case.fixed
+    return median(lambda: op.backward(q, k, v, g, None, None, None, *options, o, do, None, gradient))
 
 
-def _measure(kernel: str, precision: str, width: int, row: Row, seed: int) -> tuple[float, float]:
+def _measure(kernel: str, name: str, width: int, row: Row, seed: int) -> tuple[float, float]:
     """(error as a share of what is allowed, milliseconds) of one candidate; runs in the worker."""
     from .ops.kernels import tiles
 
     tiles.override[kernel] = tiles.Tile(*row)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    kind = name.partition("+")[0]
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     torch.manual_seed(seed)
-    share = max(_worst(kernel, dtype, width) / limit for dtype, limit in LIMITS[precision].items())
-    gated = kernel == "states" or precision != "half"
-    return share, _time(kernel, next(iter(LIMITS[precision])), width, gated) if share <= 1 else float("inf")
+    cases = reading(kernel, name, tiles.table()[kernel])
+    share = max(_worst(kernel, dtype, width, cases) / limit for dtype, limit in LIMITS[kind].items())
+    return share, _time(kernel, next(iter(LIMITS[kind])), width, cases[0]) if share <= 1 else float("inf")
 
 
 def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
-def tune(kernels: list[str], precisions: list[str], widths: list[int], output: Path, write: bool) -> int:
+def tune(kernels: list[str], names: list[str], widths: list[int], output: Path, write: bool) -> int:
     """Measures the rows that the lists name, prints every candidate, and writes the winners. Returns the exit code."""
     from .ops.kernels import tiles
 
     table = json.loads(tiles.TABLE.read_text())
+    rows = [(k, n, w) for k in kernels for n in names if n in table[k] for w in widths if str(w) in table[k][n]]
     seed = torch.seed() % (1 << 31)
-    pool = _pool()
-    for kernel, precision, width in itertools.product(kernels, precisions, widths):
-        candidates = CANDIDATES[kernel].get(precision)
-        if candidates is None or str(width) not in table[kernel].get(precision, {}):
+    pool, wrong = _pool(), 0
+    for kernel, name, width in rows:
+        if not candidates(kernel, name) or not reading(kernel, name, table[kernel]):
+            why = "no call that reads it is known" if candidates(kernel, name) else "there are no candidates for it"
+            print(f"{kernel} {name} {width}: {why}; the row stays")
             continue
-        current: Row = tuple(x for x in astuple(tiles.tile(kernel, precision, width, width)) if x is not None)
+        current: Row = tuple(table[kernel][name][str(width)])
         best: tuple[float, Row] | None = None
-        for row in dict.fromkeys([current, *candidates]):
+        for row in dict.fromkeys([current, *candidates(kernel, name)]):
             ms = float("inf")
             try:
-                share, ms = pool.submit(_measure, kernel, precision, width, row, seed).result()
+                share, ms = pool.submit(_measure, kernel, name, width, row, seed).result()
                 verdict = f"{share:5.2f} of the allowed error  " + (f"{ms:8.4f} ms" if share <= 1 else "REFUSED")
             except BrokenProcessPool:
                 verdict, pool = "REFUSED: the process died", _pool()
@@ -197,18 +284,19 @@ def tune(kernels: list[str], precisions: list[str], widths: list[int], output: P
                 # Out of shared memory is harmless, an illegal access poisons the context: a fresh worker for both.
                 pool.shutdown(wait=False, cancel_futures=True)
                 verdict, pool = f"REFUSED: {str(problem).splitlines()[0]}", _pool()
-            print(f"{kernel:9s} {precision:5s} {width:4d}  {list(row)}  {verdict}", flush=True)
+            print(f"{kernel:9s} {name:16s} {width:4d}  {list(row)}  {verdict}", flush=True)
             if ms < float("inf") and (best is None or ms < best[0]):
                 best = ms, row
         if best is None:
-            print(f"{kernel} {precision} {width}: no candidate is right; the row stays, and must not be used")
-            return 1
-        table[kernel][precision][str(width)] = list(best[1])
+            print(f"{kernel} {name} {width}: no candidate is right; the row stays, and must not be used")
+            wrong += 1
+            continue
+        table[kernel][name][str(width)] = list(best[1])
     pool.shutdown()
     if write:
         output.write_text(_text(table))
         print(f"wrote {output}")
-    return 0
+    return int(wrong > 0)
 
 
 def _text(table: dict[str, Any]) -> str:
@@ -221,11 +309,20 @@ def _text(table: dict[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel", choices=sorted(CANDIDATES), action="append", help="default: all")
-    parser.add_argument("--precision", choices=sorted(LIMITS), action="append", help="default: all")
+    from .ops.kernels import tiles
+
+    parser.add_argument("--kernel", choices=list(tiles.table()), action="append", help="default: all")
+    parser.add_argument("--precision", choices=_names(), action="append", help="default: all")
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="default: all")
     parser.add_argument("--output", type=Path, help="default: the table of this installation")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
+
+
+def _names() -> list[str]:
+    """Of all rows."""
+    from .ops.kernels import tiles
+
+    return list(dict.fromkeys(name for rows in tiles.table().values() for name in rows))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -236,8 +333,8 @@ def run(arguments: argparse.Namespace) -> int:
     from .ops.kernels import tiles
 
     return tune(
-        arguments.kernel or sorted(CANDIDATES),
-        arguments.precision or list(LIMITS),
+        arguments.kernel or list(tiles.table()),
+        arguments.precision or _names(),
         arguments.width or list(WIDTHS),
         arguments.output or tiles.TABLE,
         not arguments.dry_run,

@@ -535,6 +535,7 @@ def main() -> None:
     start, failed = time.perf_counter(), 0
     for part in options.only:
         for what, check in PARTS[part]():
+            print(f"...  {part}: {what}", flush=True)  # a run that is stopped shows where
             began = time.perf_counter()
             signal.alarm(SLOWEST)
             try:
