@@ -45,7 +45,7 @@ class Launch:
         _, device, run, function, metadata, tensors, constants = self.known
         values = [*args, *constants]
         addresses = 0
-        for i in tensors:  # as numbers: Triton would ask the driver about each tensor
+        for i in tensors:  # as numbers (Triton 3.6 to 3.9 take them): it would ask the driver about each tensor
             values[i] = address = values[i].data_ptr()
             addresses |= address
         if addresses & 15:  # other code, and rare
