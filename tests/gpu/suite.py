@@ -158,6 +158,7 @@ OPTIONS = [
     dict(gate="mixed", state=True, reverse=True, segment=192),
     dict(gate="gamma", state=True, fixed=True, segment=192),
     dict(gate="reset", state=True, fixed=True, reverse=True, T=1300),
+    dict(gate="strong", normalize=True, state=True),
 ]
 
 
