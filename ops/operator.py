@@ -105,6 +105,11 @@ def _fake_backward(
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """A float, as the schema makes of it where a call goes through the dispatcher."""
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def _checked_forward(kernel: Kernel) -> Kernel:
     def forward(
         q: Tensor,
@@ -120,9 +125,7 @@ def _checked_forward(kernel: Kernel) -> Kernel:
         reverse: bool,
     ) -> Forward:
         checks.attention(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize)
-        scale = float(
-            q.shape[3] ** -0.5 if scale is None else scale
-        )  # as the schema makes of it; eager calls pass it by
+        scale = scale_of(q, scale)
         return kernel(q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
 
     return forward
@@ -146,9 +149,7 @@ def _checked_backward(kernel: Kernel) -> Kernel:
         gate_grad: bool,
     ) -> Gradients:
         checks.backward(q, k, v, g, g_gamma, initial_state, cu_seqlens, normalize, o, do, dfinal_state)
-        scale = float(
-            q.shape[3] ** -0.5 if scale is None else scale
-        )  # as the schema makes of it; eager calls pass it by
+        scale = scale_of(q, scale)
         return kernel(
             q, k, v, g, g_gamma, initial_state, cu_seqlens, scale, normalize, reverse, o, do, dfinal_state, gate_grad
         )

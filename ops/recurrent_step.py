@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import checks
 from . import cuda, late, private
-from .operator import NAMESPACE, Kernel, define, library, plain
+from .operator import NAMESPACE, Kernel, define, library, plain, scale_of
 from .rules import autocast_kernel, flops
 
 op = define(
@@ -39,7 +39,7 @@ def _checked(kernel: Kernel) -> Kernel:
         normalize: bool,
     ) -> Tensor:
         checks.step(q, k, v, state, g, g_gamma, state_indices, normalize)
-        scale = float(q.shape[2] ** -0.5 if scale is None else scale)
+        scale = scale_of(q, scale)
         return kernel(q, k, v, state, g, g_gamma, state_indices, scale, normalize)
 
     return step

@@ -1,4 +1,4 @@
-"""The kernels around the pass: forward, backward (three roles in one launch), states of segments, the normaliser.
+"""The kernels around the pass: forward, backward (three roles in one launch, or in one program), states of segments, z.
 
     B batch   T time   H key heads   HV value heads   K key width   V value width   N sequences
     W state columns: V, or V + 1 with the normaliser      G cumulative gates [B * HV, T] (gate_sums)
@@ -522,8 +522,9 @@ def backward(
 ):  # fmt: skip
     """Tile 0 .. TK of dq, then of dk, then of dv. dS is held divided by the scale: d_scale brings dS1 to that form.
 
-    BLOCKS: the slots are blocks of C tokens, and `boundaries` has left the states between them. Otherwise the slots are
-    long segments, walked chunk by chunk; then there is neither RHO nor NORMALIZE.
+    BLOCKS: the slots are blocks of C tokens, and `boundaries` has left the states between them; where one tile holds
+    all columns, one program does all three (`together`). Otherwise the slots are long segments, walked chunk by chunk;
+    then there is neither RHO nor NORMALIZE.
     """
     TK: tl.constexpr = (K + BN - 1) // BN
     TV: tl.constexpr = (V + BN - 1) // BN

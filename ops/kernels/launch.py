@@ -185,7 +185,7 @@ def _planned(
     tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
     tokens = tile.chunk == 1
     N = B if packed is None else packed
-    # cut so that about two programs of four warps, or one of eight, run on every multiprocessor
+    # cut so that about eight warps run on every multiprocessor
     in_blocks |= kernel == "backward" and tokens
     walks = tile
     if in_blocks and not tokens and precision != "ieee":  # `boundaries` walks, and the blocks need no cut

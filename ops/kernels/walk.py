@@ -130,14 +130,28 @@ def decays(gate, gamma, t, i, live, count, GATE: tl.constexpr, REVERSE: tl.const
         head = tl.load(gate + t + (count - 1 if REVERSE else 0))
         end = tl.load(gate + t + (0 if REVERSE else count - 1))
         R = tl.load(gate + t + i, mask=live, other=0.0)
-        R = tl.where(
-            live, R, head if REVERSE else end
-        )  # past the end: that of the neighbour, so no exponent is positive
+        # past the end: that of the neighbour, so no exponent is positive
+        R = tl.where(live, R, head if REVERSE else end)
     else:
         head = gamma
         end = gamma * count
         R = gamma * (tl.maximum(count - i, 1) if REVERSE else tl.minimum(i + 1, count))
     return R, head, end
+
+
+@triton.jit
+def factors(R, head, end, due, MIRROR: tl.constexpr):
+    """U, D, the decay of the state over the chunk, and what it owes then (see above)."""
+    if MIRROR:
+        U = tl.exp2((R - head).to(tl.float32))
+        D = tl.exp2((end - R).to(tl.float32) + due)
+        gain = tl.exp2((end - head).to(tl.float32) + due)
+        due = head.to(tl.float32)
+    else:
+        U = tl.exp2((end - R).to(tl.float32))
+        D = tl.exp2(R.to(tl.float32))
+        gain = tl.exp2(end.to(tl.float32))
+    return U, D, gain, due
 
 
 @triton.jit
@@ -322,15 +336,8 @@ def walk(
                 D = tl.exp2(R.to(tl.float32))
                 gain = tl.exp2(end.to(tl.float32))
                 xc = operand(xc.to(tl.float32) * tl.exp2(-R.to(tl.float32))[:, None], DTYPE, PRECISION)
-            elif MIRROR:
-                U = tl.exp2((R - head).to(tl.float32))
-                D = tl.exp2((end - R).to(tl.float32) + due)
-                gain = tl.exp2((end - head).to(tl.float32) + due)
-                due = head.to(tl.float32)
             else:
-                U = tl.exp2((end - R).to(tl.float32))
-                D = tl.exp2(R.to(tl.float32))
-                gain = tl.exp2(end.to(tl.float32))
+                U, D, gain, due = factors(R, head, end, due, MIRROR)
         if NORMALIZE and ROLE != 0:
             w = tl.load(rden + t + i, mask=live, other=0.0)
             dd = tl.load(dden + t + i, mask=live, other=0.0)
@@ -401,13 +408,7 @@ def walk_states(
                 tl.store(kept_z + at * kept_zn + m, z, mask=z_mask)
         if GATE != 0:
             R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE)
-            if MIRROR:
-                U = tl.exp2((R - head).to(tl.float32))
-                gain = tl.exp2((end - head).to(tl.float32) + due)
-                due = head.to(tl.float32)
-            else:
-                U = tl.exp2((end - R).to(tl.float32))
-                gain = tl.exp2(end.to(tl.float32))
+            U, _, gain, due = factors(R, head, end, due, MIRROR)
             S = S * gain
         if NORMALIZE:
             weight = tl.load(dden + t + i, mask=live, other=0.0) if MIRROR else tl.full([C], 1.0, tl.float32)
