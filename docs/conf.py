@@ -65,7 +65,7 @@ def _timing(record: dict) -> str:
             backward = f"{r['backward']:.3f}"
         if "both_floor" in r:
             both = f"{r['forward'] + r['backward']:.3f} ({r['both_floor']:.2f} x floor)"
-        kernels = ", ".join(f"{name} {ms:.3f}" for name, ms in r["kernels"].items())
+        kernels = ", ".join(f"{name} {ms:.3f}" for name, ms in r.get("kernels", {}).items())
         rows.append([r["shape"], r["gate"], forward, backward, both, kernels])
     return _table(["shape", "gate", "forward", "backward", "both", "kernels"], rows)
 
@@ -97,7 +97,8 @@ def _contract(record: dict, *parts: str) -> str:
     for r in record["rows"]:
         if r["part"] in parts and "forward" not in r:
             skipped = ("part", "what", "ok", "took", "problem", "call", "reasons")
-            numbers = [f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items() if k not in skipped]
+            shown = {k: v for k, v in r.items() if k not in skipped and v is not None}
+            numbers = [f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
             reasons = [
                 line.replace("|", " ") for line in (r.get("problem", "").splitlines() or r.get("reasons", []))[:1]
             ]
@@ -181,6 +182,92 @@ def _benchmark_table(where: str) -> str:
     return "\n\n".join([*parts, *(f"Not there: {text}." for text in absent), "\n".join(refused)])
 
 
+def _aims() -> dict[str, str]:
+    """Where the records stand against each aim of the page `performance`; bold: missed."""
+    rows, older = (record["rows"] if record else [] for record in (_benchmark("gpu"), _benchmark("peer_gpu")))
+    runs = [json.loads(path.read_text())["rows"] for path in sorted(_RECORDS.glob("bench_gpu*.json"))]
+    shapes = {"D 128": "B8_T4096_H16_D128", "D 64": "B32_T2048_H8_D64", "D 256": "B8_T2048_H32_D256"}
+    both = "forward+backward"
+
+    def judged(x: float, met: bool, form: str = ".2f", unit: str = "") -> str:
+        text = f"{x:{form}}{unit}"
+        return text if met else f"**{text}**"
+
+    def row(shape: str, gate: str = "none", mode: str = "forward", run: list[dict] = rows) -> dict:
+        wanted = (shapes.get(shape, shape), gate, mode)
+        return next(r for r in run if r.get("picked") and (r["shape"], r["gate"], r.get("mode")) == wanted)
+
+    def ratio(a: dict, b: dict) -> float:
+        return a["ms"] / b["ms"]
+
+    def to_peer(name: str, mode: str, goal: float) -> str:
+        ours = row(name, mode=mode)
+        for runs, note in ((rows, ""), (older, " (of two runs)")):
+            if rival := bench.best_peer(ours, runs):
+                x = ratio(rival, ours)
+                return f"{name} {judged(x, x >= goal)}{note}"
+        return f"{name}: no peer"
+
+    def floor(r: dict, goal: float) -> str:
+        x = round(r["ms"] / r["floor_ms"], 2)
+        return judged(x, x <= goal)
+
+    def cost(gate: str, goal: float) -> str:
+        costs = []
+        for name in ("D 128", "D 64"):  # the last record that has both
+            groups = {(shapes[name], gate), (shapes[name], "none")}
+            run = next(run for run in reversed(runs) if groups <= {bench.group(r) for r in run})
+            x = ratio(row(name, gate, run=run), row(name, run=run)) - 1
+            costs.append(judged(x, x <= goal, ".0%"))
+        return " and ".join(costs)
+
+    def packing(mode: str) -> str:
+        whole, gates = "B1_T65536_H16_D128", ("none", "g")
+        more = [ratio(row(f"{whole}_packed64", gate, mode), row(whole, gate, mode)) - 1 for gate in gates]
+        return " and ".join(judged(x, x <= 0.15, "+.0%") for x in more)
+
+    def memory(name: str) -> str:
+        ours = row(name, mode=both)
+        known = [r for r in rows + older if not r["ours"] and "memory_mib" in r]
+        theirs = [r for r in known if bench.group(r) == bench.group(ours)]
+        least = min((r["memory_mib"] for r in theirs if r["mode"] == both), default=float("nan"))
+        return f"{name} {judged(ours['memory_mib'], ours['memory_mib'] <= least / 2, '.0f')} of {least:.0f} MiB"
+
+    def plain(r: dict) -> bool:
+        width = re.search(r"_D(\d+)", r["shape"])
+        known = r.get("picked") and (r["gate"], r.get("mode")) == ("none", "forward") and r["floor_ms"]
+        return bool(known and width and int(width[1]) <= 128 and r["shape"] not in shapes.values())
+
+    def share(r: dict) -> str:
+        x = r["floor_ms"] / r["ms"]
+        return judged(x, x >= 0.9, ".0%")
+
+    steps = [row(f"decode_B{B}_H32_D128", "g", "graph") for B in (1, 64, 256)]
+    rivals = [bench.best_peer(r, rows) for r in steps]
+    first = max(_record("gpu_first")["rows"], key=lambda r: r["first_s"])
+    (host,) = (r for r in _record("compile_gpu")["rows"] if (r["part"], r["what"]) == ("host", "chunk"))
+    us = {way: host[way]["issued_us"] for way in ("forward", "both")}
+    return {
+        "forward_peer": ", ".join(to_peer(d, "forward", 1 if d == "D 64" else 2) for d in shapes),
+        "both_peer": to_peer("D 128", both, 2.2),
+        "forward_floor": ", ".join(f"{d} {floor(row(d), 1.3)}" for d in ("D 128", "D 64")),
+        "forward_elsewhere": ", ".join(f"{r['shape'].replace('_', ' ')} {floor(r, 1.9)}" for r in rows if plain(r)),
+        "both_floor": floor(row("D 128", mode=both), 2),
+        "gates": f"`g` {cost('g', 0.15)}, `g_gamma` {cost('g_gamma', 0.05)}, the normaliser {cost('normalize', 0.15)}",
+        "packed": f"forward {packing('forward')}, forward and backward {packing(both)}",
+        "memory": ", ".join(map(memory, ("D 128", "D 64"))),
+        "decode": ", ".join(
+            [judged(steps[0]["ms"] * 1e3, steps[0]["ms"] <= 5e-3, ".1f", " us"), *map(share, steps[1:])]
+        ),
+        "decode_peer": ", ".join(f"{ratio(p, r):.2f}" for r, p in zip(steps, rivals, strict=True) if p),
+        "first": judged(first["first_s"], first["first_s"] <= 10, ".1f", " s")
+        + f" ({first['shape']}, {first['gate']})",
+        "eager": " and ".join(
+            judged(us[way], us[way] <= goal, ".0f") for way, goal in (("forward", 60), ("both", 200))
+        ),
+    }
+
+
 def _wrong_picks() -> str:
     records = [record for record in map(_benchmark, ("gpu", "cpu")) if record]
     every = [row for record in records for row in record["rows"] if row["ours"] and not row.get("picked")]
@@ -216,6 +303,7 @@ _spills = [[*name.rsplit(" ", 1), str(size)] for name, size in _stack["stack_byt
 _tables = {"cases": _worst, "timing": _timing, "sanitizer": _findings}
 myst_substitutions = {
     "bench": {where: _benchmark_table(where) for where in ("gpu", "peer_gpu", "cpu")} | {"wrong": _wrong_picks()},
+    "aim": _aims(),
     "compile": _compile(),
     "overhead": {**_overhead, "table": _table(_calls, _overhead_rows)},
     "models": {where: _models(where) for where in ("cpu", "gpu")},

@@ -102,7 +102,7 @@ def test_launches_that_wait_are_dropped_with_an_error() -> None:
 def test_only_the_first_call_of_a_kind_waits() -> None:
     def plan(T: int, dtype: torch.dtype = torch.float16, device: int | None = 0) -> Any:
         x = torch.zeros(1, T, 1, 16, dtype=dtype)
-        args = ("chunk", "forward", False, False, False, False, device, 132, tiles.settings())
+        args = ("chunk", "forward", False, False, False, False, device, 132, True, tiles.settings())
         return launch._planned(*args, form(x, x, x, None, None, None, None))
 
     def waits(plan: Any) -> bool:
@@ -161,7 +161,8 @@ def dry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def forget() -> None:
-    caches = [f for f in vars(launch).values() if hasattr(f, "cache_clear") and f is not launch._processors]
+    of_a_device = launch._processors, launch._copies_tiles
+    caches = [f for f in vars(launch).values() if hasattr(f, "cache_clear") and f not in of_a_device]
     assert len(caches) > 8
     for f in caches:
         assert f.cache_info().maxsize is not None
@@ -253,6 +254,8 @@ def signature(it: Launch, kernel: Any, args: tuple[Any, ...]) -> tuple[Any, ...]
     """All that Triton compiles for, and what runs: kernel, grid, constants, integers, dtypes, alignment."""
 
     def seen(x: Any) -> Any:
+        if hasattr(x, "block_shape"):  # a descriptor of a tensor
+            return seen(x.base), x.shape, x.strides, x.block_shape
         return (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else float if isinstance(x, float) else x
 
     return kernel.name, it.grid, tuple(it.constants.items()), *map(seen, args)
@@ -300,6 +303,7 @@ def test_each_device_has_launches_of_its_own(way: str, monkeypatch: pytest.Monke
     for name, value in {"is_cuda": True, "get_device": lambda x: device}.items():
         monkeypatch.setattr(Tensor, name, value, raising=False)
     monkeypatch.setattr(launch, "_processors", lambda index: 132)
+    monkeypatch.setattr(launch, "_copies_tiles", lambda index: True)
     monkeypatch.setattr(launch, "_on", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(Launch, "__call__", lambda it, kernel, *args: met[device].add(it))
     for index in (0, 1, 0):
@@ -307,6 +311,41 @@ def test_each_device_has_launches_of_its_own(way: str, monkeypatch: pytest.Monke
         make(DEFAULTS | {"way": way})
     assert len(met[0]) == len(met[1]) > 0
     assert not met[0] & met[1]
+
+
+def test_what_is_read_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "described", 2 * 1024 * 3 * 256)
+
+    def views(T: int = 1024, width: int = 128, dtype: torch.dtype = torch.float16, **other: Any) -> Any:
+        x = torch.zeros(2, T, 3, width, dtype=dtype)
+        q = other.get("q", x)
+        plan = launch._plan(
+            other.get("op", "chunk"), other.get("kernel", "forward"), False, False, other.get("in_blocks", False),
+            q, x, x, None, other.get("gamma"), other.get("cu"), None, None, x,
+        )  # fmt: skip
+        return plan.views
+
+    assert views() == (([2, 3, 1024, 128], [1024 * 384, 128, 384, 1]),) * 4
+    assert views(T=1023) is None  # making them takes longer than they save
+    monkeypatch.setattr(tiles, "described", 0)
+    assert views(dtype=torch.float32) is None
+    assert views(op="recurrent") is None
+    assert views(cu=torch.tensor([0, 7])) is None  # the end of a sequence is not one of the tensor
+    assert views(width=100) is None  # strides that are no multiple of 16 bytes
+    assert views(width=104) is not None
+    assert views(width=64) is None  # no row in the table
+    assert views(kernel="backward", width=64) is None
+    assert views(kernel="backward", width=64, gamma=torch.zeros(3)) is not None
+    assert views(kernel="backward") is not None
+    assert views(kernel="backward", in_blocks=True) is None  # one program for a block
+    assert views(kernel="backward", in_blocks=True, width=256) is not None
+    x = torch.zeros(2, 1024, 3, 256, dtype=torch.float16)
+    assert views(q=x[..., 8:136])[0] == ([2, 3, 1024, 128], [1024 * 768, 256, 768, 1])
+    assert views(q=x[..., 4:132]) is None  # starts between two multiples of 16 bytes
+    assert views(q=x[:, :, :1, :128].expand(2, 1024, 3, 128)) is None  # a stride of 0
+    assert views(q=torch.zeros(2, 1024, 3, 130, dtype=torch.float16)[..., :128]) is None
+    single = torch.zeros(1, 1024, 3, 128, dtype=torch.float16).as_strided((1, 1024, 3, 128), (5, 384, 128, 1))
+    assert views(q=single)[0][1][0] % 8 == 0  # of a dimension of one, any stride will do
 
 
 @pytest.mark.usefixtures("dry")

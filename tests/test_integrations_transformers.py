@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -332,6 +334,14 @@ def test_another_release(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("forward" in module.__dict__ for module in m.modules())
 
 
+def test_a_release_whose_caches_are_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model("mamba2", 1)
+    monkeypatch.delattr(transformers.Cache, "get_recurrent_state")
+    with pytest.raises(RuntimeError, match=r"caches of transformers 5\.\S+ have no get_recurrent_state$"):
+        accelerate(m)
+    assert not any("forward" in module.__dict__ for module in m.modules())
+
+
 def test_packed_sequences_raise() -> None:
     m, ids = model("bamba", 1), padded(1)["input_ids"]
     with accelerate(m), pytest.raises(ValueError, match="seq_idx is not supported"):
@@ -350,3 +360,43 @@ def test_nothing_imports_transformers() -> None:
     code = "import sys, torch_la.integrations.transformers, torch_la.layers; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_what_upstream_raises_is_a_row_of_the_benchmark() -> None:
+    """tests/gpu/integrations.py: our side is timed all the same, and what raises there still raises."""
+    path = Path(__file__).parent / "gpu" / "integrations.py"
+    spec = importlib.util.spec_from_file_location("gpu_integrations", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    x = torch.ones(3)
+
+    def refuse(problem: Exception) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            raise problem
+
+        return run
+
+    bench = script.Bench("cpu", 2)
+    no_memory = torch.OutOfMemoryError("CUDA out of memory.\nmore")
+    bench.compare("both", lambda: x, lambda: x)
+    bench.compare("compiler", refuse(TypeError("list indices\nmore")), lambda: x)
+    bench.compare("silent", refuse(AssertionError()), lambda: x)
+    bench.compare("memory", lambda: x, refuse(no_memory))
+    with pytest.raises(TypeError, match="ours"):
+        bench.compare("ours", lambda: x, refuse(TypeError("ours")))
+    with pytest.raises(AssertionError, match="outputs differ"):
+        bench.compare("wrong", lambda: x, lambda: 2 * x)
+    rows = {row["what"]: row for row in bench.rows}
+    assert list(rows) == ["both", "compiler", "silent", "memory"]
+    assert rows["both"]["ratio"] > 0
+    assert [rows[name].get("problem") for name in rows] == [
+        None,
+        "upstream: TypeError: list indices",
+        "upstream: AssertionError: ",
+        "torch_la: OutOfMemoryError: CUDA out of memory.",
+    ]
+    for name, there, absent in [("compiler", "torch_la", "upstream"), ("memory", "upstream", "torch_la")]:
+        assert rows[name][f"{there}_ms"] >= 0
+        assert rows[name][f"{absent}_ms"] is rows[name][f"first_{absent}_s"] is rows[name]["ratio"] is None

@@ -24,6 +24,7 @@ DEFAULTS: Case = dict(
     dfinal=True, cu=None, chunk=16, segment=None, scale=0.37,
 )  # fmt: skip
 PACKED = dict(cu=[0, 0, 20, 20, 33], T=40)
+COPIED = dict(described=0, dtype="fp16", K=16, V=16)  # by descriptors, which large calls have by default
 CASES: dict[str, Case] = {
     "plain": dict(gate="none", state=False, dfinal=False, K=16, V=16),
     "gated": dict(B=2, H=1, HV=2),
@@ -87,6 +88,15 @@ CASES: dict[str, Case] = {
     "half gates": dict(gate="half", dtype="fp16"),
     "strides": dict(strided=True, H=2, HV=4),
     "last dimension strided": dict(strided="last", T=20),
+    "copied": dict(**COPIED, gate="none", B=2, T=50),
+    "copied, gated": dict(**COPIED, HV=2, T=50),
+    "copied, head gate, reverse": dict(**COPIED, gate="gamma", reverse=True),
+    "copied, gates without a gradient, segments": dict(**COPIED, fixed=True, segment=16, H=2, HV=4, B=2),
+    "copied, gates without a gradient, reverse": dict(**COPIED, fixed=True, reverse=True, gate="gamma"),
+    "copied, normalised": dict(**COPIED | dict(V=24), normalize=True),
+    "copied, in tiles of columns": dict(**COPIED | dict(K=40, V=24), T=20),
+    "copied, some strong decay": dict(**COPIED, gate="some", HV=2),
+    "copied, strides": dict(**COPIED | dict(K=32, V=16), strided=True, H=2, HV=4, gate="none", segment=32),
     "tokens": dict(op="recurrent", T=15),
     "tokens, reverse, normalised": dict(op="recurrent", T=15, reverse=True, normalize=True),
     "tokens, head gate": dict(op="recurrent", T=15, gate="gamma", H=1, HV=2),
@@ -178,7 +188,7 @@ def run(options: Case) -> dict[str, float]:
     grads = torch.autograd.grad(loss, list(used.values()), allow_unused=True, materialize_grads=True)
     want = {"o": o, "S": S} | dict(zip(used, grads, strict=True))
 
-    tiles.segment = case["segment"]
+    tiles.segment, tiles.described = case["segment"], case.get("described", 1 << 26)
     tiles.override.clear()
     if case["chunk"]:
         tiles.override |= {name: tiles.Tile(case["chunk"], 16, 4, 1) for name in ("forward", "backward")}

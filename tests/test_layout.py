@@ -98,5 +98,6 @@ def test_the_compiled_step_writes_the_state_itself(pool: bool, device: str) -> N
     assert slots * HEADS * WIDTH * WIDTH not in allocated(code)
     assert not re.findall(r"copy_\b|copy__|clone", code)
     (call,) = re.findall(r"torch\.ops\.la\.recurrent_step_\.default\((.*)", code)
-    views = rf"(reinterpret_tensor\(buf0, \({B}, {HEADS}, {WIDTH}\), [^)]*\), \d+\), ){{3}}"
-    assert re.match(views + r"arg\d+_1, ", call), call  # q, k, v, and the buffer itself
+    view = rf"\({B}, {HEADS}, {WIDTH}\), [^)]*\), \d+\), "
+    views = rf"reinterpret_tensor\((buf\d), {view}" + rf"reinterpret_tensor\(\1, {view}" * 2
+    assert re.match(views + r"arg\d+_1, ", call), call  # q, k, v of one product, and the buffer itself

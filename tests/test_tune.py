@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from torch_la import tune
 from torch_la.__main__ import main
+from torch_la.ops import reference
 from torch_la.ops.kernels import tiles
 
 
@@ -49,9 +52,58 @@ def test_tune_refuses_a_kernel_that_is_wrong(kernel: str, monkeypatch: pytest.Mo
 
 def test_tune_counts_what_is_not_finite_as_wrong() -> None:
     ones = torch.ones(3, dtype=torch.float64)
-    assert tune._error(torch.tensor([1, 1, float("nan")]), ones) == float("inf")
-    assert tune._error(torch.tensor([1, 1, float("inf")]), ones) == float("inf")
-    assert tune._error(ones, ones) == 0
+    assert tune._error(torch.tensor([1, 1, float("nan")]), ones, ones) == float("inf")
+    assert tune._error(torch.tensor([1, 1, float("inf")]), ones, ones) == float("inf")
+    assert tune._error(ones, ones, ones) == 0
+    assert tune._error(ones, 2 * ones, ones) == 0.5
+    assert tune._error(ones, 2 * ones, 4 * ones) == 0.25
+
+
+def test_the_form_with_held_denominators_is_the_normaliser() -> None:
+    """The same outputs, and the same gradient where none goes through a denominator: of v."""
+    r, cu = torch.rand, torch.tensor([0, 40, 40, 70])
+    q, k, v = (r(1, 75, h, w, dtype=torch.float64) for h, w in ((2, 3), (2, 3), (4, 5)))
+    g, gamma, S0, do = -r(1, 75, 4).double(), -r(4).double(), r(3, 4, 3, 6).double(), r(1, 75, 4, 5).double()
+    v.requires_grad_()
+    for decay in ((g, None), (None, gamma)):
+        for reverse in (False, True):
+            arguments = q, k, v, *decay, S0, True, cu, 0.3, True, reverse
+            (o, S), (o_held, S_held) = reference.chunk(*arguments), tune.held_denominator(*arguments)
+            assert S is not None
+            assert S_held is not None
+            dv, dv_held = (torch.autograd.grad((x * do).sum(), v)[0] for x in (o, o_held))
+            for a, b in ((o, o_held), (S, S_held), (dv, dv_held)):
+                torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+def test_tune_judges_gradients_that_cancel_by_their_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strong decay and the normaliser: rounding of o is no error of the backward, and a wrong denominator is."""
+    (case,) = (case for case in tune.CASES if case.cancels)
+    saved = {
+        "rounded": lambda o: (o * (1 + (torch.rand_like(o) - 0.5) / 128)).bfloat16().double(),  # 2^-8 and bfloat16
+        "1% wrong": lambda o: 1.01 * o,
+        "missing": torch.zeros_like,
+    }
+    found = {}
+    for what, change in saved.items():
+
+        def form(q: Any, k: Any, v: Any, *rest: Any, change: Any = change) -> tuple[torch.Tensor, torch.Tensor]:
+            # Its value is o. Its gradient takes another o, as the kernels take the one that was written.
+            o, S = tune.held_denominator(q, k, v, *rest)
+            g, gamma, S0, *_, reverse = rest
+            one = torch.ones_like(v[..., :1])
+            den, _ = reference.chunk(q, k, one, g, gamma, S0[..., -1:], reverse=reverse)
+            return o - change(o.detach()) * (den / den.detach() - 1), S
+
+        def compute(kernel: str, x: dict[str, Any], case: tune.Case, form: Any = form) -> list[torch.Tensor]:
+            return tune._call(kernel, form, {n: None if t is None else t.double() for n, t in x.items()}, case)
+
+        monkeypatch.setattr(tune, "_compute", compute)
+        torch.manual_seed(0)
+        monkeypatch.setattr(tune, "DEVICE", "cpu")
+        found[what] = tune._worst("backward", torch.bfloat16, 16, [case])
+    limit = tune.LIMITS["half"][torch.bfloat16]
+    assert found["rounded"] < limit < found["1% wrong"] < 0.1 < found["missing"]
 
 
 def test_the_table_survives_being_written() -> None:
@@ -87,13 +139,13 @@ def test_every_row_of_the_table_can_be_tuned() -> None:
 
 
 class Here:
-    """In the place of the pool of workers: what `measure` says, here."""
+    """In the place of the pool of workers: what `measure` says of the function and its arguments, here."""
 
     def __init__(self, measure: Any) -> None:
         self.measure = measure
 
-    def submit(self, _: Any, *arguments: Any) -> Any:
-        self.result = lambda: self.measure(*arguments)
+    def submit(self, function: Any, *arguments: Any) -> Any:
+        self.result = lambda: self.measure(function, *arguments)
         return self
 
     def shutdown(self, **_: Any) -> None:
@@ -112,22 +164,55 @@ def test_the_fastest_that_is_right_is_written_and_unknown_rows_stay(
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps(table))
 
-    def measure(kernel: str, name: str, width: int, row: tuple[int, ...], seed: int) -> tuple[float, float]:
-        share = 2.0 if row == (128, 128, 8, 3) or kernel == "tokens" else 0.5  # the fastest is wrong, or all are
-        return share, 1000.0 - sum(row) if share <= 1 else float("inf")
+    checked: list[tuple[str, tuple[int, ...]]] = []
+
+    def measure(function: Any, kernel: str, name: str, width: int, row: tuple[int, ...], seed: int) -> float:
+        if function is tune._timed:
+            if row == (64, 128, 8, 3):
+                raise RuntimeError("out of shared memory\nmore")
+            if row == (64, 128, 8, 2):
+                raise BrokenProcessPool
+            return 1000.0 - sum(row)
+        checked.append((kernel, row))
+        if row == (128, 128, 8, 2):  # it ran where it was timed, and not in every case
+            raise ValueError
+        return 2.0 if row == (128, 128, 8, 3) or kernel == "tokens" else 0.5  # the fastest is wrong, or all are
 
     monkeypatch.setattr(tiles, "TABLE", path)
     monkeypatch.setattr(tune, "_pool", lambda: Here(measure))
     names = ["half", "half+odd", "fp8", "any"]
     assert tune.tune(list(table), names, [64], tmp_path / "new.json", True) == 1
     assert tune.tune(["step"], names, [64], tmp_path / "step.json", True) == 0
-    table["forward"]["half"]["64"], table["step"]["any"]["64"] = [128, 128, 8, 2], [1, 64, 4, 1]
+    table["forward"]["half"]["64"], table["step"]["any"]["64"] = [128, 128, 8, 1], [1, 64, 4, 1]
     assert json.loads((tmp_path / "new.json").read_text()) == table
+    # Checked from the fastest on, until one is right; of the rows of which none is, all.
+    assert [row for kernel, row in checked if kernel == "forward"] == [(128, 128, 8, n) for n in (3, 2, 1)]
+    assert len([row for kernel, row in checked if kernel == "tokens"]) == len(tune.CANDIDATES["tokens"]["any"])
+    assert [row for kernel, row in checked if kernel == "step"] == 2 * [(1, 64, 4, 1)]
     out = capsys.readouterr().out
     assert "forward half+odd 64: no call that reads it is known; the row stays" in out
     assert "tokens any 64: no candidate is right; the row stays, and must not be used" in out
     assert "forward fp8 64: there are no candidates for it; the row stays" in out
     assert "other any 64: there are no candidates for it; the row stays" in out
+    for row, verdicts in {
+        (64, 128, 8, 3): ["REFUSED: out of shared memory"],
+        (64, 128, 8, 2): ["REFUSED: the process died"],
+        (128, 128, 8, 3): ["733.0000 ms", "REFUSED: 2.00 of the allowed error"],
+        (128, 128, 8, 2): ["734.0000 ms", "REFUSED: ValueError"],
+        (128, 128, 8, 1): ["735.0000 ms", "735.0000 ms   0.50 of the allowed error: taken"],
+        (128, 128, 4, 3): ["737.0000 ms", "737.0000 ms  slower, not checked"],
+    }.items():
+        assert [line.partition("]  ")[2].strip() for line in out.splitlines() if str(list(row)) in line] == verdicts
+
+
+def test_a_worker_that_ends_is_replaced() -> None:
+    worker = tune._Worker()
+    assert worker.run(math.sqrt, 4.0) == 2.0
+    assert worker.run(os._exit, 1) == "the process died"
+    assert worker.run(math.sqrt, 9.0) == 3.0
+    assert worker.run(float, "many") == "could not convert string to float: 'many'"
+    assert worker.run(math.sqrt, 16.0) == 4.0
+    worker.pool.shutdown()
 
 
 def test_which_call_reads_which_row() -> None:
@@ -196,8 +281,11 @@ def asked_by_the_launcher() -> list[tuple[str, str]]:
 
     tune._worst, triton.testing.do_bench = worst, do_bench
     for row in rows:  # the functions above look at it
-        current = tiles.Tile(*tiles.table()[row[0]][row[1]]["64"])
-        tune._measure(*row, 64, (current.chunk, current.block, current.warps, current.stages), 0)
+        width, choice = next(iter(tiles.table()[row[0]][row[1]].items()))
+        current = tiles.Tile(*choice)
+        choice = (current.chunk, current.block, current.warps, current.stages)
+        tune._timed(*row, int(width), choice, 0)
+        tune._checked(*row, int(width), choice, 0)
         tiles.override.clear()
     return done
 

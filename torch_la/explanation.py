@@ -244,6 +244,7 @@ class _Note:
         def launch(*arguments: Any, **options: Any) -> None:
             touched: dict[tuple[int, int], int] = {}
             for name, x in zip(self.arguments, arguments, strict=False):
+                x = getattr(x, "base", x)  # a descriptor of a tensor
                 # Arguments that a kernel will not touch are pointers to the tokens, under names that are not theirs.
                 if isinstance(x, Tensor) and (name in TOKENS or not getattr(x, "tokens", False)):
                     touched[x.untyped_storage()._cdata, int(x.storage_offset())] = x.nbytes
@@ -256,7 +257,7 @@ class _Note:
         return launch
 
 
-TOKENS = ("q", "k", "v", "o", "do")
+TOKENS = ("q", "k", "v", "o", "do", "q_n", "k_n", "do_n")
 
 
 class _Watch(TorchDispatchMode):

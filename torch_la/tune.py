@@ -1,11 +1,12 @@
 """`python -m torch_la tune`: measures tile choices on this GPU and rewrites the tile table.
 
-For every row of the table (kernel, name, width) it takes the candidates in turn. A candidate must first agree with the
-float64 reference on fresh inputs, in all of `CASES` that read the row: gates with and without a gradient, the
-normaliser, ragged lengths, cut segments, both half dtypes. One that does not is refused, however fast: the compilers
-for these kernels have been wrong before. The fastest of the rest is written, timed in the first of those cases.
+For every row of the table (kernel, name, width) it times all candidates, in the first of `CASES` that reads the row.
+Then, from the fastest on, it compares them with the float64 reference on fresh inputs in all of those cases: gates with
+and without a gradient, the normaliser, ragged lengths, cut segments, both half dtypes. One that disagrees is refused,
+however fast: the compilers for these kernels have been wrong before. The first that agrees is written, and slower ones
+are not compared: a comparison compiles the kernel for every case and dtype, a time only once.
 
-Each candidate runs in a worker process, because an illegal access ends the process it happens in.
+Candidates run in a worker process, because an illegal access ends the process it happens in.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 Row = tuple[int, ...]  # chunk, block, warps, stages, and perhaps registers
 
 DEVICE = "cuda"
+NEVER = 1 << 62  # for tiles.described: no call reads by descriptors
 TOKENS = 1 << 21  # of the shape that is timed: over all heads and batch rows, times 64 / width
 # Each kind of product, the first word of a row's name: its dtypes, and the relative error that each may have.
 LIMITS = {
@@ -56,6 +58,11 @@ CANDIDATES["backward"] |= {
     "tf32+blocks": list(itertools.product((32, 64), (32, 64), (4, 8), (1,))),
     "ieee+blocks": list(itertools.product((1,), (32, 64), (2, 4, 8), (1,))),
 }
+for kernel in ("forward", "backward"):
+    CANDIDATES[kernel]["half+copied"] = [
+        *itertools.product((64,), (32, 64, 128), (4, 8), (1, 2, 3, 4, 5)),
+        *itertools.product((128,), (64,), (8,), (1, 2)),
+    ]
 CANDIDATES["states"] = {
     "half": list(itertools.product((64,), (32, 64, 128), (4, 8), (1, 2, 3, 4))),
     "tf32": list(itertools.product((64,), (32, 64), (4, 8), (1, 2, 3))),
@@ -78,6 +85,11 @@ class Case:
     def in_blocks(self) -> bool:
         """The form of its backward."""
         return self.normalize or (self.gate != "none" and not self.fixed)
+
+    @property
+    def cancels(self) -> bool:
+        """Its gradients are judged by the size of the terms that cancel in them."""
+        return self.normalize and self.gate == "strong"
 
 
 CASES = (
@@ -110,6 +122,8 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def reading(kernel: str, name: str, names: Iterable[str]) -> list[Case]:
     """The cases whose calls read the row `name`, if the table has the rows `names` for this kernel."""
+    from .ops.kernels import tiles
+
     kind = name.partition("+")[0]
     if kind not in LIMITS or kernel not in CANDIDATES:
         return []
@@ -120,7 +134,8 @@ def reading(kernel: str, name: str, names: Iterable[str]) -> list[Case]:
 
     def asked(case: Case) -> str:
         blocks = kernel == "backward" and case.in_blocks
-        return kind + "+blocks" * blocks + "+norm" * case.normalize + "+gates" * (case.gate != "none")
+        gate = {"none": 0, "gamma": 2}.get(case.gate, 1)
+        return tiles.name(kind, blocks, "+copied" in name, case.normalize, gate)
 
     return [case for case in CASES if _nearest(asked(case), names) == name]
 
@@ -131,12 +146,33 @@ def candidates(kernel: str, name: str) -> list[Row]:
     return known.get(_nearest(name, known), [])
 
 
-def _error(got: Tensor, right: Tensor) -> float:
+def held_denominator(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, initial_state: Tensor | None,
+    output_final_state: bool, cu_seqlens: Tensor | None, scale: float | None, normalize: bool, reverse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`reference.chunk` whose denominators are constants to autograd: for the size of what cancels in a gradient.
+
+    With the normaliser dq, dk and the gradients of gates are differences: what comes through the numerators of o, less
+    what comes through its denominators. Behind a strong decay o is v, whatever q is, and nothing of the difference is
+    left, while each of the two is rounded. This form gives the first of them: errors refer to the larger of its norm
+    and that of the difference.
+    """
+    from .ops import reference
+
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    o, S = reference.chunk(q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, False, reverse)
+    if normalize:
+        o = o[..., :-1] / (o[..., -1:] + reference.EPS).detach()
+    return o, S
+
+
+def _error(got: Tensor, right: Tensor, terms: Tensor) -> float:
     """Relative error in the Euclidean norm; NaN and infinity count as infinite."""
     got = got.double()
     if not bool(got.isfinite().all()):
         return float("inf")
-    return float((got - right).norm() / right.norm().clamp_min(1e-30))
+    return float((got - right).norm() / max(right.norm(), terms.norm()).clamp_min(1e-30))
 
 
 def _call(kernel: str, op: Any, x: dict[str, Tensor | None], case: Case) -> list[Tensor]:
@@ -202,8 +238,10 @@ def _worst(kernel: str, dtype: torch.dtype, width: int, cases: Iterable[Case]) -
             case = replace(case, reverse=False)  # of one token there is none
         x = _draw(kernel, dtype, width, case)
         got = _compute(kernel, {n: None if t is None else t.to(DEVICE) for n, t in x.items()}, case)
-        right = _call(kernel, reference.chunk, {n: None if t is None else t.double() for n, t in x.items()}, case)
-        worst = max(worst, *(_error(a.cpu(), b) for a, b in zip(got, right, strict=True)))
+        exact = {n: None if t is None else t.double() for n, t in x.items()}
+        right = _call(kernel, reference.chunk, exact, case)
+        terms = _call(kernel, held_denominator, exact, case) if case.cancels else right
+        worst = max(worst, *(_error(a.cpu(), b, c) for a, b, c in zip(got, right, terms, strict=True)))
     return worst
 
 
@@ -222,7 +260,9 @@ def _time(kernel: str, dtype: torch.dtype, width: int, case: Case) -> float:
     q, k, v, do = (torch.randn(B, T, H, width, device=DEVICE, dtype=dtype) for _ in range(4))
     if case.normalize:
         q, k = q.abs(), k.abs()
-    g = None if case.gate == "none" else torch.nn.functional.logsigmoid(torch.randn(B, T, H, device=DEVICE)) / 16
+    g = None if case.gate in ("none", "gamma") else torch.randn(B, T, H, device=DEVICE)
+    g = None if g is None else torch.nn.functional.logsigmoid(g) / 16
+    gamma = -torch.rand(H, device=DEVICE) / 16 if case.gate == "gamma" else None
     if kernel == "step":
         pool = torch.randn(256, H, width, width + case.normalize, device=DEVICE)
         q, k, v = (x[0, :256].contiguous() for x in (q, k, v))
@@ -232,30 +272,96 @@ def _time(kernel: str, dtype: torch.dtype, width: int, case: Case) -> float:
     options = None, case.normalize, False  # scale, normalize, reverse
 
     def forward() -> Tensor:
-        return op(q, k, v, g, None, None, False, None, *options)[0]
+        return op(q, k, v, g, gamma, None, False, None, *options)[0]
 
     if kernel in ("forward", "tokens"):
         return median(forward)
     o = forward() if case.normalize else None
-    gradient = g is not None and not case.fixed
-    return median(lambda: op.backward(q, k, v, g, None, None, None, *options, o, do, None, gradient))
+    gradient = case.gate != "none" and not case.fixed
+    return median(lambda: op.backward(q, k, v, g, gamma, None, None, *options, o, do, None, gradient))
 
 
-def _measure(kernel: str, name: str, width: int, row: Row, seed: int) -> tuple[float, float]:
-    """(error as a share of what is allowed, milliseconds) of one candidate; runs in the worker."""
+def _set(kernel: str, name: str, row: Row, seed: int) -> str:
+    """In the worker: the calls that follow take this row. Returns the kind of product."""
     from .ops.kernels import tiles
 
     tiles.override[kernel] = tiles.Tile(*row)
+    tiles.described = 0 if "+copied" in name or "+blocks" in name else NEVER
     kind = name.partition("+")[0]
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     torch.manual_seed(seed)
+    return kind
+
+
+def _timed(kernel: str, name: str, width: int, row: Row, seed: int) -> float:
+    """Milliseconds of one candidate; runs in the worker."""
+    from .ops.kernels import tiles
+
+    kind = _set(kernel, name, row, seed)
+    return _time(kernel, next(iter(LIMITS[kind])), width, reading(kernel, name, tiles.table()[kernel])[0])
+
+
+def _checked(kernel: str, name: str, width: int, row: Row, seed: int) -> float:
+    """The error of one candidate as a share of what is allowed; runs in the worker."""
+    from .ops.kernels import tiles
+
+    kind = _set(kernel, name, row, seed)
     cases = reading(kernel, name, tiles.table()[kernel])
-    share = max(_worst(kernel, dtype, width, cases) / limit for dtype, limit in LIMITS[kind].items())
-    return share, _time(kernel, next(iter(LIMITS[kind])), width, cases[0]) if share <= 1 else float("inf")
+    worst = 0.0
+    for described in {tiles.described, NEVER} if "+blocks" in name else {tiles.described}:  # blocks: one row for both
+        tiles.described = described
+        worst = max(worst, *(_worst(kernel, dtype, width, cases) / limit for dtype, limit in LIMITS[kind].items()))
+    return worst
 
 
 def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+class _Worker:
+    """The process that runs one candidate after the other; a fresh one after each that ended or raised."""
+
+    def __init__(self) -> None:
+        self.pool = _pool()
+
+    def run(self, function: Callable[..., float], *arguments: Any) -> float | str:
+        """What the function returns there, or why it did not."""
+        try:
+            return self.pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            reason = "the process died"
+        except Exception as problem:
+            # Out of shared memory is harmless, an illegal access poisons the context: a fresh worker for both.
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        self.pool = _pool()
+        return reason
+
+
+def _best(worker: _Worker, kernel: str, name: str, width: int, rows: Iterable[Row], seed: int) -> Row | None:
+    """The fastest candidate that is right, or None; prints what became of each."""
+    times: dict[Row, float] = {}
+
+    def say(row: Row, verdict: str) -> None:
+        print(f"{kernel:9s} {name:16s} {width:4d}  {list(row)}  {verdict}", flush=True)
+
+    for row in rows:
+        ms = worker.run(_timed, kernel, name, width, row, seed)
+        if isinstance(ms, str):
+            say(row, f"REFUSED: {ms}")
+        else:
+            times[row] = ms
+            say(row, f"{ms:8.4f} ms")
+    order = sorted(times, key=times.__getitem__)
+    for row in order:
+        share = worker.run(_checked, kernel, name, width, row, seed)
+        if not isinstance(share, str) and share <= 1:
+            say(row, f"{times[row]:8.4f} ms  {share:5.2f} of the allowed error: taken")
+            for slower in order[order.index(row) + 1 :]:
+                say(slower, f"{times[slower]:8.4f} ms  slower, not checked")
+            return row
+        say(row, "REFUSED: " + (share if isinstance(share, str) else f"{share:.2f} of the allowed error"))
+    return None
 
 
 def tune(kernels: list[str], names: list[str], widths: list[int], output: Path, write: bool) -> int:
@@ -265,34 +371,20 @@ def tune(kernels: list[str], names: list[str], widths: list[int], output: Path, 
     table = json.loads(tiles.TABLE.read_text())
     rows = [(k, n, w) for k in kernels for n in names if n in table[k] for w in widths if str(w) in table[k][n]]
     seed = torch.seed() % (1 << 31)
-    pool, wrong = _pool(), 0
+    worker, wrong = _Worker(), 0
     for kernel, name, width in rows:
         if not candidates(kernel, name) or not reading(kernel, name, table[kernel]):
             why = "no call that reads it is known" if candidates(kernel, name) else "there are no candidates for it"
             print(f"{kernel} {name} {width}: {why}; the row stays")
             continue
         current: Row = tuple(table[kernel][name][str(width)])
-        best: tuple[float, Row] | None = None
-        for row in dict.fromkeys([current, *candidates(kernel, name)]):
-            ms = float("inf")
-            try:
-                share, ms = pool.submit(_measure, kernel, name, width, row, seed).result()
-                verdict = f"{share:5.2f} of the allowed error  " + (f"{ms:8.4f} ms" if share <= 1 else "REFUSED")
-            except BrokenProcessPool:
-                verdict, pool = "REFUSED: the process died", _pool()
-            except Exception as problem:
-                # Out of shared memory is harmless, an illegal access poisons the context: a fresh worker for both.
-                pool.shutdown(wait=False, cancel_futures=True)
-                verdict, pool = f"REFUSED: {str(problem).splitlines()[0]}", _pool()
-            print(f"{kernel:9s} {name:16s} {width:4d}  {list(row)}  {verdict}", flush=True)
-            if ms < float("inf") and (best is None or ms < best[0]):
-                best = ms, row
+        best = _best(worker, kernel, name, width, dict.fromkeys([current, *candidates(kernel, name)]), seed)
         if best is None:
             print(f"{kernel} {name} {width}: no candidate is right; the row stays, and must not be used")
             wrong += 1
             continue
-        table[kernel][name][str(width)] = list(best[1])
-    pool.shutdown()
+        table[kernel][name][str(width)] = list(best)
+    worker.pool.shutdown()
     if write:
         output.write_text(_text(table))
         print(f"wrote {output}")

@@ -181,9 +181,14 @@ def forward(
     z = load_z(S0 + V * tl.cast(s_v, tl.int64), used, m, s_k, K, HAS_S0 and NORMALIZE, BK)
     hk = h // (HV // H)
     o += (batch * T * HV + h) * V
-    q += batch * q_b + hk * q_h
-    k += batch * k_b + hk * k_h
-    v += batch * v_b + h * v_h
+    if isinstance(q, tl.core.tensor_descriptor_base):  # all three are: `rows` takes the place of the head with each
+        q_t = (batch.to(tl.int32), hk.to(tl.int32))
+        k_t = q_t
+        v_t = (batch.to(tl.int32), h.to(tl.int32))
+    else:
+        q += batch * q_b + hk * q_h
+        k += batch * k_b + hk * k_h
+        v += batch * v_b + h * v_h
     go: tl.constexpr = walk_tokens if TOKENS else walk_safely
     S, z = go(
         q, q_t, k, k_t, v, v_t, o, HV * V, q, q_t, o, o, G + (batch * HV + h) * T, head_gate(gamma, h, GATE), o, o,
@@ -350,7 +355,6 @@ def normaliser(
         return
     i = tl.arange(0, C)
     m = tl.arange(0, BK)
-    n = tl.arange(0, BV)
     z += (slot * HV + h) * K
     xz = tl.load(z + m, mask=m < K, other=0.0)
     gamma2 = head_gate(gamma, h, GATE)
@@ -363,7 +367,7 @@ def normaliser(
     G += row
     count = (t1 - t0).to(tl.int32)
     live = i < count
-    dot = rows(o, HV * V, t0, i, live, n, V, BV).to(tl.float32) * rows(do, do_t, t0, i, live, n, V, BV).to(tl.float32)
+    dot = rows(o, HV * V, t0, i, live, 0, V, BV).to(tl.float32) * rows(do, do_t, t0, i, live, 0, V, BV).to(tl.float32)
     top = -tl.sum(dot, 1)
     if TOKENS:
         for step in range(0, count):
@@ -379,8 +383,8 @@ def normaliser(
             tl.store(rden + row + t0 + j, r)
             tl.store(dden + row + t0 + j, r * tl.sum(tl.where(i == j, top, 0.0), 0))
     else:
-        xq = operand(rows(q, q_t, t0, i, live, m, K, BK), q.dtype.element_ty, PRECISION)
-        xk = operand(rows(k, k_t, t0, i, live, m, K, BK), k.dtype.element_ty, PRECISION)
+        xq = operand(rows(q, q_t, t0, i, live, 0, K, BK), q.dtype.element_ty, PRECISION)
+        xk = operand(rows(k, k_t, t0, i, live, 0, K, BK), k.dtype.element_ty, PRECISION)
         P = tl.dot(xq, tl.trans(xk), input_precision=PRECISION)
         qz = tl.sum(xq.to(tl.float32) * xz[None, :], 1)
         if GATE != 0:
@@ -421,12 +425,12 @@ def together(
     m, n = tl.arange(0, BK), tl.arange(0, BV)
     S = load_state(S0, True, m, n, s_k, s_v, K, V, True, BK, BV, False)
     zs, dzs = load_z(z, True, m, 1, K, NORMALIZE, BK), load_z(dz, True, m, 1, K, NORMALIZE, BK)
-    xdo = operand(rows(do, do_t, t0, i, live, n, V, BV), DTYPE, PRECISION)
-    xv = operand(rows(v, v_t, t0, i, live, n, V, BV), DTYPE, PRECISION)
-    xk = operand(rows(k, k_t, t0, i, live, m, K, BK), DTYPE, PRECISION)
-    xq = operand(rows(q, q_t, t0, i, live, m, K, BK), DTYPE, PRECISION)
+    xdo = operand(rows(do, do_t, t0, i, live, 0, V, BV), DTYPE, PRECISION)
+    xv = operand(rows(v, v_t, t0, i, live, 0, V, BV), DTYPE, PRECISION)
+    xk = operand(rows(k, k_t, t0, i, live, 0, K, BK), DTYPE, PRECISION)
+    xq = operand(rows(q, q_t, t0, i, live, 0, K, BK), DTYPE, PRECISION)
     if GATE != 0:
-        R, _, end = decays(G, gamma2, t0, i, live, count, GATE, REVERSE)
+        R, _, end = decays(G, gamma2, t0, i, live, count, GATE, REVERSE, True)
     if NORMALIZE:
         w = tl.load(rden + t0 + i, mask=live, other=0.0)
         dd = tl.load(dden + t0 + i, mask=live, other=0.0)
@@ -504,6 +508,7 @@ def backward(
     v, v_b, v_t, v_h,
     do,  # [B, T, HV, V]
     do_b, do_t, do_h,
+    q_n, k_n, do_n,  # q, k and do again; where they are descriptors, of tiles of BN columns
     dq,  # [B, T, HV, K] out, contiguous, one per value head
     dk,  # [B, T, HV, K] out
     dv,  # [B, T, HV, V] out
@@ -552,10 +557,17 @@ def backward(
     if BLOCKS and t0 >= t1:
         return
     hk = h // (HV // H)
-    q += batch * q_b + hk * q_h
-    k += batch * k_b + hk * k_h
-    v += batch * v_b + h * v_h
-    do += batch * do_b + h * do_h
+    if isinstance(q, tl.core.tensor_descriptor_base):
+        q_t = (batch.to(tl.int32), hk.to(tl.int32))
+        k_t = q_t
+        v_t = (batch.to(tl.int32), h.to(tl.int32))
+        do_t = v_t
+    else:
+        q += batch * q_b + hk * q_h
+        k += batch * k_b + hk * k_h
+        v += batch * v_b + h * v_h
+        do += batch * do_b + h * do_h
+        q_n, k_n, do_n = q, k, do
     head = batch * HV + h
     dq += (batch * T * HV + h) * K
     dk += (batch * T * HV + h) * K
@@ -585,7 +597,7 @@ def backward(
             rq = rho + (tile.to(tl.int64) * heads + head) * T
             S = load_state(S0, used, m, n, s_v, s_k, V, K, HAS_S0, BV, BN, MOVES)
             go(
-                do, do_t, v, v_t, k, k_t, dq, HV * K, q, q_t, rq, rq, G, gamma2, rden, dden,
+                do, do_t, v, v_t, k_n, k_t, dq, HV * K, q_n, q_t, rq, rq, G, gamma2, rden, dden,
                 S, load_z(z, used, n, 1, K, NORMALIZE, BN), 0.0, t0, t1, n0,
                 scale, EPS, V, K, BV, BN, C, 1, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
@@ -595,7 +607,7 @@ def backward(
             if MOVES:
                 dS = dS * d_scale
             go(
-                v, v_t, do, do_t, q, q_t, dk, HV * K, k, k_t, rk, rk + TK * heads.to(tl.int64) * T,
+                v, v_t, do, do_t, q_n, q_t, dk, HV * K, k_n, k_t, rk, rk + TK * heads.to(tl.int64) * T,
                 G, gamma2, rden, dden, dS, load_z(dz, used, n, 1, K, NORMALIZE, BN), due, t0, t1, n0,
                 scale, EPS, V, K, BV, BN, C, 3, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
@@ -604,7 +616,7 @@ def backward(
             if MOVES:
                 dSv = dSv * d_scale
             Sv, _zv = go(
-                k, k_t, q, q_t, do, do_t, dv, HV * V, v, v_t, rho, rho, G, gamma2, rden, dden, dSv,
+                k, k_t, q, q_t, do_n, do_t, dv, HV * V, v, v_t, rho, rho, G, gamma2, rden, dden, dSv,
                 tl.zeros([BK], tl.float32), due, t0, t1, n0,
                 scale, EPS, K, V, BK, BN, C, 2, GATE, REVERSE, NORMALIZE, False, MOVES, PRECISION,
             )  # fmt: skip

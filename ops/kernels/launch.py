@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import EPS
 from . import chunk, segments, step, tiles
@@ -39,6 +40,12 @@ _remembered = functools.lru_cache(maxsize=1024)
 @functools.cache
 def _processors(index: int | None) -> int:
     return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _copies_tiles(index: int | None) -> bool:
+    """Whether the hardware copies tiles by descriptors: from Hopper on."""
+    return index is None or torch.cuda.get_device_properties(index).major >= 9
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -89,6 +96,9 @@ def _power(n: int) -> int:
     return max(16, _power_of_2(n))
 
 
+_View = tuple[list[int], list[int]]  # shape and strides
+
+
 @dataclass(eq=False)
 class _Plan:
     """What the kernels of one call share. Calls share a plan if only addresses and the scale differ between them."""
@@ -114,6 +124,7 @@ class _Plan:
     length: int  # tokens of a segment
     slots: int
     strides: tuple[tuple[int, ...], ...]  # of q, k, v and in the backward do, without the last
+    views: tuple[_View, ...] | None  # q, k, v and do as descriptors show them, if the pass reads them by descriptors
     code: tuple[Any, ...]  # the device, and what tells one kind of call from others whose kernels differ
     begun: bool = False
     block_slots: int = 0  # those of the blocks, where the backward works in blocks
@@ -130,6 +141,12 @@ class _Plan:
     def rows(self, width: int) -> int:
         """And rows. Token by token, smaller tiles than 64 x 32 leave several lanes that hold, and write, the same."""
         return max(_power(width), 64 if self.tokens else 16)
+
+    def described(self, x: Tensor, index: int, columns: int) -> Any:
+        """x, which is the tensor `index` of q, k, v, do: a descriptor of tiles of so many columns, or as it is."""
+        if self.views is None:
+            return x
+        return TensorDescriptor(x, *self.views[index], [1, 1, self.C, columns])
 
     @property
     def states_tile(self) -> tiles.Tile:
@@ -158,6 +175,15 @@ class _Plan:
         return torch.float64 if exact else torch.float32
 
 
+def _view(shape: tuple[int, ...], stride: tuple[int, ...]) -> _View | None:
+    """[B, T, H, width] as [B, H, T, width], if descriptors take its strides: multiples of 16 bytes, none 0."""
+    B, T, H, width = shape
+    strides = [s if n > 1 else 8 for n, s in ((B, stride[0]), (H, stride[2]), (T, stride[1]))]
+    if any(s <= 0 or s % 8 for s in strides):
+        return None
+    return [B, H, T, width], [*strides, 1]
+
+
 def _plan(
     op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, q: Tensor, *inputs: Tensor | None
 ) -> _Plan:
@@ -165,13 +191,16 @@ def _plan(
     device = q.get_device() if q.is_cuda else None
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     options = op, kernel, normalize, reverse, in_blocks, exact
-    return _planned(*options, device, _processors(device), tiles.settings(), form(q, *inputs))
+    describable = _copies_tiles(device)
+    for x in (q, *inputs[:2], *inputs[7:8]):
+        describable = describable and x is not None and not x.data_ptr() & 15
+    return _planned(*options, device, _processors(device), describable, tiles.settings(), form(q, *inputs))
 
 
 @_remembered
 def _planned(
     op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, exact: bool, device: int | None,
-    processors: int, settings: tuple[Any, ...], inputs: tuple[Any, ...],
+    processors: int, describable: bool, settings: tuple[Any, ...], inputs: tuple[Any, ...],
 ) -> _Plan:  # fmt: skip
     # (the device and the settings of the table only tell plans apart: each device compiles, the table reads its own)
     (dtype, (B, T, H, K), _), _, (_, (_, _, HV, V), _), g, g_gamma, cu, *_ = inputs
@@ -181,7 +210,16 @@ def _planned(
     kind = "half"
     if dtype == torch.float32:
         kind = precision = "ieee" if exact else "tf32"
-    row = kind + "+blocks" * in_blocks + "+norm" * normalize + "+gates" * (gate > 0)
+    read = (*inputs[:3], *inputs[8:9])
+    views: tuple[_View, ...] | None = None
+    large = tiles.described <= B * T * HV * (K + V)
+    if describable and large and packed is None and op != "recurrent" and kind == "half":
+        seen = [_view(*x[1:]) for x in read]
+        views = tuple(x for x in seen if x is not None)
+        views = views if len(views) == len(seen) else None
+    if not (in_blocks or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)):
+        views = None
+    row = tiles.name(kind, in_blocks, views is not None, normalize, gate)
     tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
     tokens = tile.chunk == 1
     N = B if packed is None else packed
@@ -211,12 +249,14 @@ def _planned(
         layout, slots = PACKED, N
     else:
         layout, slots = PACKED_CUT, T // length + N
+    if in_blocks and max(_power(K), _power(V)) <= tile.block:
+        views = None  # one program does a whole block then: more of it goes through registers
     plan = _Plan(
         B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, dtype, precision, kind, tile, layout,
-        cuts, length, slots, tuple(x[2][:3] for x in (*inputs[:3], *inputs[8:9])),
+        cuts, length, slots, tuple(x[2][:3] for x in read), views,
         (
-            device, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V, layout, cuts > 1,
-            *(x is None for x in inputs),
+            device, views is None, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V, layout,
+            cuts > 1, *(x is None for x in inputs),
         ),
     )  # fmt: skip
     if in_blocks:
@@ -410,9 +450,10 @@ def forward(
             pass_final = None
         q_, k_, v_ = plan.strides
         S0 = _or(start, q)
+        BK, BN, tiles_of = plan.rows(plan.K), plan.columns(V), plan.described
         _forward_launch(plan, start is not None, pass_final is not None)(
             _forward,
-            q, *q_, k, *k_, v, *v_, o, _or(R, q), _or(g_gamma, q),
+            tiles_of(q, 0, BK), *q_, tiles_of(k, 1, BK), *k_, tiles_of(v, 2, BN), *v_, o, _or(R, q), _or(g_gamma, q),
             S0, *S0.stride(), _or(pass_final, q), *packed,
             T, N, plan.H, HV, plan.cuts, plan.length, plan.slots, scale,
         )  # fmt: skip
@@ -554,12 +595,14 @@ def backward(
             rho = torch.empty(3, TK, B * HV, T, dtype=torch.float32, device=device)
             across = torch.empty(slots, HV, TV, dtype=torch.float32, device=device)
         S0, dS1 = _or(start, q), _or(dend, q)
+        BK, BV, BN, tiles_of = plan.rows(K), plan.rows(V), plan.columns(max(K, V)), plan.described
         launch = _backward_launch(
             plan, layout, slots, rho_wanted, start is not None, dend is not None, dstart is not None
         )
         launch(
             _backward,
-            q, *q_, k, *k_, v, *v_, do, *do_, dq, dk, dv,
+            tiles_of(q, 0, BK), *q_, tiles_of(k, 1, BK), *k_, tiles_of(v, 2, BV), *v_, tiles_of(do, 3, BV), *do_,
+            tiles_of(q, 0, BN), tiles_of(k, 1, BN), tiles_of(do, 3, BN), dq, dk, dv,
             _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, across, S0, *S0.stride(),
             dS1, *dS1.stride(), z, dz, _or(dstart, q), *packed,
             T, N, H, HV, cuts, length, slots, B * HV, scale, d_scale,

@@ -1,11 +1,12 @@
 """The tile table: which chunk, block, warps and stages a kernel runs with. `tiles.json` holds the choices.
 
 Rows are [chunk, block, warps, stages] or [chunk, block, warps, stages, registers], keyed by kernel, by how products
-are computed ("half" for bfloat16 and float16, "tf32" and "ieee" for float32; "+blocks": a backward in blocks,
-"+norm": with the normaliser; "+gates": with gates of any kind) and by the largest width that a row is for. What has no
-row of its own takes the one that is named with less. A chunk of 1 means token by token, in exact float32, without
-matrix units. The chunk of "states" is that of the kernel they serve: the row says for which its stages are meant. A
-backward in blocks whose block holds all columns of K and of V takes one program for dq, dk and dv.
+are computed ("half" for bfloat16 and float16, "tf32" and "ieee" for float32; "+blocks": a backward in blocks, or
+"+copied": a walk whose tiles the hardware copies, by descriptors, at the widths that have such a row; "+norm": with the
+normaliser; "+gates": with gates of any kind, "+gamma": with those of g_gamma) and by the largest width that a row is
+for. What has no row of its own takes the one that is named with less. A chunk of 1 means token by token, in exact
+float32, without matrix units. The chunk of "states" is that of the kernel they serve: the row says for which its
+stages are meant. A backward in blocks whose block holds all columns of K and of V takes one program for dq, dk and dv.
 """
 
 from __future__ import annotations
@@ -30,12 +31,19 @@ class Tile:
 
 override: dict[str, Tile] = {}  # kernel -> tile: how `python -m torch_la tune` and the tests measure a row
 segment: int | None = None  # likewise the length of a segment
+described = 1 << 26  # and B T HV (K + V) from which on calls read by descriptors: the host needs time to make them
 in_blocks = False  # likewise: a backward without gradients of gates works in blocks too
 
 
 def settings() -> tuple[Any, ...]:
-    """What the first two say now: a plan made under other settings is not for this call."""
-    return segment, *override.items()
+    """What the first three say now: a plan made under other settings is not for this call."""
+    return segment, described, *override.items()
+
+
+def name(kind: str, blocks: bool, copied: bool, norm: bool, gate: int) -> str:
+    """Of the row that a call asks for; gate as in launch.py: 0 none, 1 g, 2 g_gamma."""
+    way = "+blocks" if blocks else "+copied" * copied
+    return kind + way + "+norm" * norm + "+gates" * (gate > 0) + "+gamma" * (gate == 2)
 
 
 @functools.cache
@@ -48,12 +56,28 @@ def tile(kernel: str, precision: str, K: int, V: int) -> Tile:
     return override.get(kernel) or _tile(kernel, precision, max(K, V))
 
 
+def copies(kernel: str, precision: str, K: int, V: int) -> bool:
+    """Whether the table has a row of copied tiles for this; where it has none, pointers are as fast."""
+    return kernel in override or _copies(kernel, precision, max(K, V))
+
+
+def _key(kernel: str, precision: str) -> str:
+    """The row's name, or the nearest with fewer words."""
+    while precision and precision not in table()[kernel]:
+        precision = precision.rpartition("+")[0]
+    return precision or "any"
+
+
+@functools.cache
+def _copies(kernel: str, precision: str, width: int) -> bool:
+    key = _key(kernel, precision)
+    bound = next((b for b in table()[kernel]["half"] if width <= int(b)), "")
+    return "+copied" in key and bound in table()[kernel][key]
+
+
 @functools.cache
 def _tile(kernel: str, precision: str, width: int) -> Tile:
-    rows, key = table()[kernel], precision
-    while key and key not in rows:
-        key = key.rpartition("+")[0]
-    for bound, row in rows[key or "any"].items():  # in rising order
+    for bound, row in table()[kernel][_key(kernel, precision)].items():  # in rising order
         if width <= int(bound):
             return Tile(*row)
     raise KeyError(f"tiles.json has no row for {kernel=} {precision=} {width=}")

@@ -106,12 +106,21 @@ def weighted_rows(x, weight, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def rows(p, stride, t, i, live, col, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tile [C, BLOCK] of a [T, WIDTH] tensor from token t on; zeros outside."""
-    p = p + t * stride + i[:, None] * stride + col[None, :]
-    if WIDTH % BLOCK == 0:
-        return tl.load(p, mask=live[:, None], other=0.0)
-    return tl.load(p, mask=live[:, None] & (col < WIDTH)[None, :], other=0.0)
+def rows(p, stride, t, i, live, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Tile [C, BLOCK] of a [T, WIDTH] tensor from token t and column `first` on; zeros outside.
+
+    p is a pointer to the rows of a head, `stride` its token stride; or a descriptor of [B, H, T, WIDTH], by which the
+    hardware copies a tile to shared memory, and `stride` the place of the head in it.
+    """
+    if isinstance(p, tl.core.tensor_descriptor_base):
+        x = p.load([stride[0], stride[1], t.to(tl.int32), first]).reshape(i.shape[0], BLOCK)
+    else:
+        col = first + tl.arange(0, BLOCK)
+        mask = live[:, None]
+        if WIDTH % BLOCK != 0:
+            mask = mask & (col < WIDTH)[None, :]
+        x = tl.load(p + t * stride + i[:, None] * stride + col[None, :], mask=mask, other=0.0)
+    return x
 
 
 @triton.jit
@@ -124,14 +133,23 @@ def store_rows(p, stride, t, i, live, col, value, WIDTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def decays(gate, gamma, t, i, live, count, GATE: tl.constexpr, REVERSE: tl.constexpr):
-    """R of the tokens of a chunk, of its first (in the operator's order), and of all of it."""
+def decays(
+    gate, gamma, t, i, live, count, GATE: tl.constexpr, REVERSE: tl.constexpr, AT_ONCE: tl.constexpr = False
+):  # fmt: skip
+    """R of the tokens of a chunk, of its first (in the operator's order), and of all of it.
+
+    AT_ONCE: R waits for no other load. But then Triton's pipeline no longer prefetches it: which one is faster depends
+    on what else the loop waits for (docs/kernels).
+    """
     if GATE == 1:
         head = tl.load(gate + t + (count - 1 if REVERSE else 0))
         end = tl.load(gate + t + (0 if REVERSE else count - 1))
-        R = tl.load(gate + t + i, mask=live, other=0.0)
-        # past the end: that of the neighbour, so no exponent is positive
-        R = tl.where(live, R, head if REVERSE else end)
+        # past the end: that of the last token, so no exponent is positive
+        if AT_ONCE:
+            R = tl.load(gate + t + tl.minimum(i, count - 1))
+        else:
+            R = tl.load(gate + t + i, mask=live, other=0.0)
+            R = tl.where(live, R, head if REVERSE else end)
     else:
         head = gamma
         end = gamma * count
@@ -313,12 +331,13 @@ def walk(
     """Walks the tokens [t0, t1) by chunks, writes out, and returns the state at the end of the walk."""
     MIRROR: tl.constexpr = ROLE >= 2
     BACK: tl.constexpr = REVERSE != MIRROR  # walks from t1 down to t0
-    DTYPE: tl.constexpr = b.dtype.element_ty
+    COPIED: tl.constexpr = isinstance(b, tl.core.tensor_descriptor_base)
+    DTYPE: tl.constexpr = b.dtype if COPIED else b.dtype.element_ty
     # With the normaliser, the means of k and v drop out of dq and dk, and with them most of S and P: there, what
     # rounding takes off S and P goes through the matrix units too.
     TWICE: tl.constexpr = NORMALIZE and (ROLE == 1 or ROLE == 3) and PRECISION != "ieee"
+    AT_ONCE: tl.constexpr = COPIED and not NORMALIZE
     i = tl.arange(0, C)
-    m = tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     chunks = tl.cdiv((t1 - t0).to(tl.int32), C) if MOVES else 1
     due += tl.zeros([], tl.float32)  # not a constant: the loop changes it
@@ -326,12 +345,12 @@ def walk(
         t = t0 + (chunks - 1 - step if BACK else step) * C
         count = tl.minimum(t1 - t, C).to(tl.int32)
         live = i < count
-        xa = operand(rows(a, a_t, t, i, live, m, M, BM), DTYPE, PRECISION)
-        xb = operand(rows(b, b_t, t, i, live, m, M, BM), DTYPE, PRECISION)
-        xc = operand(rows(c, c_t, t, i, live, n, N, BN), DTYPE, PRECISION)
+        xa = operand(rows(a, a_t, t, i, live, 0, M, BM), DTYPE, PRECISION)
+        xb = operand(rows(b, b_t, t, i, live, 0, M, BM), DTYPE, PRECISION)
+        xc = operand(rows(c, c_t, t, i, live, n0, N, BN), DTYPE, PRECISION)
         R, D, w, dd = 0.0, 0.0, 0.0, 0.0
         if GATE != 0:
-            R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE)
+            R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE, AT_ONCE)
             if FACTORED:
                 D = tl.exp2(R.to(tl.float32))
                 gain = tl.exp2(end.to(tl.float32))
@@ -345,7 +364,7 @@ def walk(
         P, y = products(xa, xb, S, TWICE, DTYPE, PRECISION)
         if NORMALIZE and ROLE == 0:
             qz = weighted(xa, z, DTYPE, PRECISION)
-        xx = operand(rows(x, x_t, t, i, live, n, N, BN), DTYPE, PRECISION) if RHO else xc
+        xx = operand(rows(x, x_t, t, i, live, n0, N, BN), DTYPE, PRECISION) if RHO else xc
         y, total = output(
             P, y, xc, xx, z, w, dd, R, D, gamma, rho + t, rho_rest + t, i, live, scale,
             ROLE, GATE, BACK, NORMALIZE, RHO, TWICE, PRECISION, FACTORED,
@@ -399,8 +418,8 @@ def walk_states(
         t = t0 + place * C
         count = tl.minimum(t1 - t, C).to(tl.int32)
         live = i < count
-        xb = operand(rows(b, b_t, t, i, live, m, M, BM), DTYPE, PRECISION)
-        xc = operand(rows(c, c_t, t, i, live, n, N, BN), DTYPE, PRECISION)
+        xb = operand(rows(b, b_t, t, i, live, 0, M, BM), DTYPE, PRECISION)
+        xc = operand(rows(c, c_t, t, i, live, n0, N, BN), DTYPE, PRECISION)
         if KEEP:
             at = tl.cast(place, tl.int64)
             tl.store(kept + at * kept_n, S.to(kept.dtype.element_ty), mask=mask)
@@ -449,22 +468,18 @@ def walk_safely(
     W_ij = D_i E_j with E_j = exp2(-R_j) needs no exponential per pair of tokens, and one scaled c serves both products:
     out = s D * (tril(a b^T) (E c) + a S),  S <- exp2(R_end) (S + b^T (E c)).  It overflows under strong decay.
     """
-    if GATE != 0 and not NORMALIZE and b.dtype.element_ty != tl.float16:
-        if mild(gate, gamma, t0, t1, C, GATE):
-            S, z = walk(
-                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
-                n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION, True,
-            )  # fmt: skip
-        else:
-            S, z = walk(
-                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
-                n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
-            )  # fmt: skip
-    else:
+    if GATE != 0 and not NORMALIZE and out.dtype.element_ty != tl.float16:
+        # Two loops, of which one is empty: the branches of an `if` do not always share their memory.
+        end = t1 if mild(gate, gamma, t0, t1, C, GATE) else t0
         S, z = walk(
-            a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
-            n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
+            a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, end,
+            n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION, True,
         )  # fmt: skip
+        t1 = t0 + (t1 - end)
+    S, z = walk(
+        a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
+        n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
+    )  # fmt: skip
     return S, z
 
 

@@ -6,7 +6,7 @@ One module of each kind (lightning attention of MiniMax, the mixer of Mamba-2) a
 weights: a prompt without gradients, a training step (forward and backward), one token with the cache; eager, and the
 module compiled. Both sides run in turn in one process; a time is the best of the repeats. Before anything is timed the
 outputs of both are compared. float32 on the CPU, bfloat16 on CUDA. On CUDA also the peak of memory beyond what was
-allocated. What a side has no memory for is a row with the problem and the other side's time.
+allocated. Where upstream raises, or a side has no memory, the row has the problem and the other side's time.
 """
 
 from __future__ import annotations
@@ -98,8 +98,10 @@ class Bench:
             try:
                 row[f"first_{name}_s"] = round(self.once(run) / 1e3, 2)
                 outputs[name] = run().detach().double()
-            except torch.OutOfMemoryError as problem:
-                text = f"{name}: {str(problem).splitlines()[0]}"
+            except Exception as problem:
+                if name == "torch_la" and not isinstance(problem, torch.OutOfMemoryError):
+                    raise
+                text = f"{name}: {type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"
                 row["problem"] = "; ".join([row["problem"], text] if "problem" in row else [text])
                 row[f"first_{name}_s"] = None
                 del runs[name]

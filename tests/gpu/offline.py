@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_la.ops.kernels import launch, tiles
 
@@ -55,6 +56,9 @@ def compile_for_hopper(fn: JITFunction, args: tuple, options: dict) -> dict | No
         elif isinstance(x, torch.Tensor):
             signature[name] = TYPES[x.dtype]
             attrs[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(x, TensorDescriptor):
+            block = ",".join(map(str, x.block_shape))
+            signature[name] = f"tensordesc<{TYPES[x.base.dtype][1:]}[{block}]>"
         elif isinstance(x, float):
             signature[name] = "fp32"
         else:
@@ -117,7 +121,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "tf32", "ieee"])
     parser.add_argument("--gates", nargs="+", default=["none", "g", "gamma", "g+norm", "g fixed"])
     parser.add_argument("--ops", nargs="+", default=["chunk"])
-    parser.add_argument("--layouts", nargs="+", default=["dense"], choices=["dense", "packed", "cut"])
+    parser.add_argument(
+        "--layouts", nargs="+", default=["dense", "copied"], choices=["dense", "copied", "packed", "cut"]
+    )
     parser.add_argument(
         "--tile", nargs="*", default=[], help="kernel:chunk,block,warps,stages instead of the table's row"
     )
@@ -143,8 +149,10 @@ def main() -> None:
                 S = torch.empty(1, H, K, V + normalize)
                 for op, layout in itertools.product(args.ops, args.layouts):
                     label = f"{op} {dtype} {D} {gate} {layout}"
-                    cu = None if layout == "dense" else torch.tensor([0, T], dtype=torch.int32)
-                    tiles.segment = {"dense": None, "packed": T, "cut": 1024}[layout]
+                    dense = layout in ("dense", "copied")
+                    cu = None if dense else torch.tensor([0, T], dtype=torch.int32)
+                    tiles.segment = None if dense else T if layout == "packed" else 1024
+                    tiles.described = 0 if layout == "copied" else 1 << 62
                     launch.forward(op, q, q, v, g, gamma, S, True, cu, 0.5, normalize, False)
                     options = (cu, 0.5, normalize, False, v if normalize else None)
                     launch.backward(op, q, q, v, g, gamma, S, *options, v, S, "fixed" not in gate)

@@ -29,6 +29,9 @@ LAYERS: dict[str, type[nn.Module]] = {
     "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": layers.Mamba2Mixer,
 }
 
+# What `layers.Mamba2Mixer` asks of a cache.
+CACHE_METHODS = ("get_recurrent_state", "update_recurrent_state", "update_conv_state")
+
 
 class Accelerated:
     """What `accelerate` did to a model. `restore` undoes it, and so does the end of a `with` block.
@@ -66,6 +69,15 @@ class Accelerated:
         return f"Accelerated({', '.join(self._bound) or 'restored'})"
 
 
+def _check_cache() -> None:
+    """The caches of transformers got their method for reading a state late."""
+    import transformers
+
+    missing = [name for name in CACHE_METHODS if not hasattr(transformers.Cache, name)]
+    if missing:
+        raise RuntimeError(f"the caches of transformers {transformers.__version__} have no {', '.join(missing)}")
+
+
 def accelerate(model: nn.Module) -> Accelerated:
     """Gives the linear attention modules of a transformers model the forward of `torch_la.layers`, in place.
 
@@ -80,7 +92,8 @@ def accelerate(model: nn.Module) -> Accelerated:
         TypeError: model is not a torch.nn.Module.
         ValueError: model has no module that this library knows.
         RuntimeError: a module's forward has been replaced already (by this function, by the kernels hub, by hooks of
-            accelerate), or this release of transformers calls it with other arguments. Nothing is changed then.
+            accelerate), or this release of transformers calls it with other arguments, or has caches without a method
+            that it needs. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
@@ -98,6 +111,8 @@ def accelerate(model: nn.Module) -> Accelerated:
             raise RuntimeError(
                 f"this release of transformers calls {type(module).__name__} with {theirs}, torch_la with {ours}"
             )
+        if layer is layers.Mamba2Mixer:
+            _check_cache()
         found[name] = module, layer
     if not found:
         known = ", ".join(path.rpartition(".")[2] for path in LAYERS)
