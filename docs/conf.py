@@ -165,11 +165,15 @@ def _benchmark_table(where: str) -> str:
         return "*Not run yet.*"
     rows = [[r["shape"], r["gate"], *bench.cells(r, record["rows"])] for r in record["rows"] if "ms" in r]
     rows = [[cell.replace("*", r"\*") for cell in row] for row in rows]
-    about = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    rates = "copy {:.0f} GB/s, products {:.3g} TFLOP/s".format(
-        record["rates"]["bandwidth"] / 1e9, record["rates"]["flops"] / 1e12
-    )
-    parts = [f"{about}; {rates}.", _table(["shape", "gate", *bench.COLUMNS], rows)]
+    abouts = []
+    for path in sorted(_RECORDS.glob(f"bench_{where}*.json")):
+        one = json.loads(path.read_text())
+        about = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        rates = "copy {:.0f} GB/s, products {:.3g} TFLOP/s".format(
+            one["rates"]["bandwidth"] / 1e9, one["rates"]["flops"] / 1e12
+        )
+        abouts.append(f"`{path.name}`: {about}; {rates}.")
+    parts = [" ".join(abouts), _table(["shape", "gate", *bench.COLUMNS], rows)]
     image = f"bench_{where}.svg"
     if (_RECORDS / image).exists():
         parts.append(f"![times over the memory floor](records/{image})")
@@ -230,7 +234,7 @@ def _aims() -> dict[str, str]:
         ours = row(name, mode=both)
         known = [r for r in rows + older if not r["ours"] and "memory_mib" in r]
         theirs = [r for r in known if bench.group(r) == bench.group(ours)]
-        least = min((r["memory_mib"] for r in theirs if r["mode"] == both), default=float("nan"))
+        least = min((r["memory_mib"] for r in theirs if r["mode"] == both), default=0.0)
         return f"{name} {judged(ours['memory_mib'], ours['memory_mib'] <= least / 2, '.0f')} of {least:.0f} MiB"
 
     def plain(r: dict) -> bool:

@@ -192,6 +192,9 @@ def run(options: Case) -> dict[str, float]:
     tiles.override.clear()
     if case["chunk"]:
         tiles.override |= {name: tiles.Tile(case["chunk"], 16, 4, 1) for name in ("forward", "backward")}
+    plans = []
+    plan = launch._plan
+    launch._plan = lambda *arguments: plans.append(plan(*arguments)) or plans[-1]
     mine, S = launch.forward(case["op"], q, k, v, g, gamma, S0, True, cu, *flags)
     saved = mine if normalize else None
     if case.get("folded"):
@@ -200,6 +203,8 @@ def run(options: Case) -> dict[str, float]:
         case["op"], q, k, v, g, gamma, S0, cu, *flags, saved, do, dS1,
         not case.get("fixed"),
     )  # fmt: skip
+    launch._plan = plan
+    assert any(p.views for p in plans) == ("described" in options), "what is meant to be read by descriptors is not"
     got = {"o": mine, "S": S} | dict(zip(["dq", "dk", "dv", "dg", "dgamma", "dS0"], grads, strict=True))
     got = {n: x for n, x in got.items() if x is not None}
     assert got.keys() == want.keys(), (got.keys(), want.keys())

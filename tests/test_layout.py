@@ -99,5 +99,5 @@ def test_the_compiled_step_writes_the_state_itself(pool: bool, device: str) -> N
     assert not re.findall(r"copy_\b|copy__|clone", code)
     (call,) = re.findall(r"torch\.ops\.la\.recurrent_step_\.default\((.*)", code)
     view = rf"\({B}, {HEADS}, {WIDTH}\), [^)]*\), \d+\), "
-    views = rf"reinterpret_tensor\((buf\d), {view}" + rf"reinterpret_tensor\(\1, {view}" * 2
+    views = rf"reinterpret_tensor\((buf\d+), {view}" + rf"reinterpret_tensor\(\1, {view}" * 2
     assert re.match(views + r"arg\d+_1, ", call), call  # q, k, v of one product, and the buffer itself

@@ -173,8 +173,9 @@ def explain(
         notes = [f"planned for {processors} multiprocessors (H100, H200): there is no GPU here to ask"]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     inputs = (q, k, v, g, g_gamma, initial_state, cu_seqlens)
+    device = target if target.type == "cuda" and torch.cuda.is_available() else None
     forward, backward = _dry_run(
-        name, inputs, output_final_state, (scale, normalize, reverse), processors, (forward, backward)
+        name, inputs, output_final_state, (scale, normalize, reverse), processors, device, (forward, backward)
     )
     path = f"{target}: Triton {version}" + (", interpreted" if target.type == "cpu" else "")
     return Explanation(f"{NAMESPACE}::{name}", why, path, forward, backward, tuple(notes))
@@ -286,6 +287,7 @@ def _dry_run(
     final: bool,
     options: tuple[float, bool, bool],
     processors: int,
+    device: torch.device | None,
     passes: tuple[Pass, Pass],
 ) -> tuple[Pass, Pass]:
     """`launch.forward` and `launch.backward`, every gradient wanted, on the meta device."""
@@ -315,8 +317,15 @@ def _dry_run(
 
     with _lock:
         launcher, notes = _copy_of_the_launcher()
+        copies = launcher._copies_tiles(device and (device.index or 0)) and not any(map(_unaligned, inputs[:3]))
+        vars(launcher)["_copies_tiles"] = lambda index: copies
         vars(launcher)["_processors"] = lambda index: processors
         return run(passes[0]), run(passes[1])
+
+
+def _unaligned(x: Tensor | None) -> bool:
+    """As far as x has an address."""
+    return x is not None and x.device.type != "meta" and type(x) is Tensor and x.data_ptr() % 16 != 0
 
 
 def _size(count: float) -> str:

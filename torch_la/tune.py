@@ -308,7 +308,8 @@ def _checked(kernel: str, name: str, width: int, row: Row, seed: int) -> float:
     kind = _set(kernel, name, row, seed)
     cases = reading(kernel, name, tiles.table()[kernel])
     worst = 0.0
-    for described in {tiles.described, NEVER} if "+blocks" in name else {tiles.described}:  # blocks: one row for both
+    both = {tiles.described, NEVER} if name.startswith("half+blocks") else {tiles.described}  # one row for both ways
+    for described in both:
         tiles.described = described
         worst = max(worst, *(_worst(kernel, dtype, width, cases) / limit for dtype, limit in LIMITS[kind].items()))
     return worst
@@ -343,7 +344,7 @@ def _best(worker: _Worker, kernel: str, name: str, width: int, rows: Iterable[Ro
     times: dict[Row, float] = {}
 
     def say(row: Row, verdict: str) -> None:
-        print(f"{kernel:9s} {name:16s} {width:4d}  {list(row)}  {verdict}", flush=True)
+        print(f"{kernel:9s} {name:24s} {width:4d}  {list(row)}  {verdict}", flush=True)
 
     for row in rows:
         ms = worker.run(_timed, kernel, name, width, row, seed)
@@ -364,6 +365,13 @@ def _best(worker: _Worker, kernel: str, name: str, width: int, rows: Iterable[Ro
     return None
 
 
+def _copies_tiles() -> bool:
+    """Whether calls on this GPU read by descriptors at all."""
+    from .ops.kernels import launch
+
+    return launch._copies_tiles(torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
 def tune(kernels: list[str], names: list[str], widths: list[int], output: Path, write: bool) -> int:
     """Measures the rows that the lists name, prints every candidate, and writes the winners. Returns the exit code."""
     from .ops.kernels import tiles
@@ -376,6 +384,9 @@ def tune(kernels: list[str], names: list[str], widths: list[int], output: Path, 
         if not candidates(kernel, name) or not reading(kernel, name, table[kernel]):
             why = "no call that reads it is known" if candidates(kernel, name) else "there are no candidates for it"
             print(f"{kernel} {name} {width}: {why}; the row stays")
+            continue
+        if "+copied" in name and not _copies_tiles():
+            print(f"{kernel} {name} {width}: calls on this GPU do not read it; the row stays")
             continue
         current: Row = tuple(table[kernel][name][str(width)])
         best = _best(worker, kernel, name, width, dict.fromkeys([current, *candidates(kernel, name)]), seed)

@@ -44,8 +44,11 @@ def _processors(index: int | None) -> int:
 
 @functools.cache
 def _copies_tiles(index: int | None) -> bool:
-    """Whether the hardware copies tiles by descriptors: from Hopper on."""
-    return index is None or torch.cuda.get_device_properties(index).major >= 9
+    """Whether the hardware copies tiles by descriptors, and has the memory for the pipelines of the rows that do.
+
+    From Hopper on, but not on the smaller chips of capability 12, whose shared memory is less than half of it.
+    """
+    return index is None or (torch.version.hip is None and torch.cuda.get_device_capability(index)[0] in (9, 10))
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:

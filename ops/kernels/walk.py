@@ -468,18 +468,35 @@ def walk_safely(
     W_ij = D_i E_j with E_j = exp2(-R_j) needs no exponential per pair of tokens, and one scaled c serves both products:
     out = s D * (tril(a b^T) (E c) + a S),  S <- exp2(R_end) (S + b^T (E c)).  It overflows under strong decay.
     """
-    if GATE != 0 and not NORMALIZE and out.dtype.element_ty != tl.float16:
-        # Two loops, of which one is empty: the branches of an `if` do not always share their memory.
+    FACTORS: tl.constexpr = GATE != 0 and not NORMALIZE and out.dtype.element_ty != tl.float16
+    if FACTORS and isinstance(b, tl.core.tensor_descriptor_base):
+        # Two loops, of which one is empty: with g_gamma, the branches of an `if` would not share their memory.
         end = t1 if mild(gate, gamma, t0, t1, C, GATE) else t0
         S, z = walk(
             a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, end,
             n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION, True,
         )  # fmt: skip
         t1 = t0 + (t1 - end)
-    S, z = walk(
-        a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
-        n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
-    )  # fmt: skip
+        S, z = walk(
+            a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
+            n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
+        )  # fmt: skip
+    elif FACTORS:  # by pointers, two loops would spill more
+        if mild(gate, gamma, t0, t1, C, GATE):
+            S, z = walk(
+                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
+                n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION, True,
+            )  # fmt: skip
+        else:
+            S, z = walk(
+                a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
+                n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
+            )  # fmt: skip
+    else:
+        S, z = walk(
+            a, a_t, b, b_t, c, c_t, out, out_t, x, x_t, rho, rho_rest, gate, gamma, rden, dden, S, z, due, t0, t1,
+            n0, scale, EPS, M, N, BM, BN, C, ROLE, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
+        )  # fmt: skip
     return S, z
 
 

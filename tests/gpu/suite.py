@@ -121,6 +121,18 @@ def ours(case: dict, x: dict) -> dict:
     return out
 
 
+plans: list = []  # of the calls of the case that runs: what they really chose
+_plan = launch._plan
+
+
+def _noted(*arguments: object) -> object:
+    plans.append(_plan(*arguments))
+    return plans[-1]
+
+
+launch._plan = _noted
+
+
 def poison() -> None:
     """Fills what the caching allocator will hand out next with NaN."""
     blocks = [torch.full((size,), float("nan"), device=DEVICE) for size in [1 << 24] * 4 + [1 << 16] * 64 + [64] * 64]
@@ -142,6 +154,7 @@ def run(case: dict) -> dict[str, float]:
     want = truth(case, x)
     terms = truth(case, x, tune.held_denominator) if case.get("cancels") else {}
     poison()
+    plans.clear()
     got = ours(case, x)
     assert got.keys() == want.keys(), (got.keys(), want.keys())
     for name, y in got.items():
@@ -245,6 +258,9 @@ def shard(index: int, count: int, full: bool, match: str, seed: int) -> list[dic
                 case=name(case),
                 seed=case["seed"],
                 limit=LIMITS[case["dtype"]],
+                copied=" ".join(
+                    pass_ for pass_, plan in zip(("forward", "backward"), plans, strict=True) if plan.views
+                ),
                 errors=errors,
                 ok=worst <= LIMITS[case["dtype"]],
             )
@@ -293,7 +309,9 @@ def extras() -> list[dict]:
     base = dict(op="chunk", B=2, T=1500, H=2, HV=4, K=64, V=64, gate="g", normalize=False, reverse=False, state=True,
                 scale=0.125, dtype="bf16", seed=1)  # fmt: skip
     variants = [base, base | dict(normalize=True, gate="gamma"), base | dict(op="fused_chunk", K=128, V=128),
-                base | dict(op="recurrent", T=300), base | dict(B=1, cu=[0, 0, 700, 1400], segment=256)]  # fmt: skip
+                base | dict(op="recurrent", T=300), base | dict(B=1, cu=[0, 0, 700, 1400], segment=256),
+                base | dict(gate="none", K=128, V=128), base | dict(K=256, V=256),
+                base | dict(gate="gamma", fixed=True, K=256, V=256)]  # fmt: skip
     for case in variants:
         torch.manual_seed(0)
         x = inputs(case)
@@ -341,7 +359,9 @@ def extras() -> list[dict]:
     e = run(case)
     check("B x HV beyond 65,535", max(e.values()) < 5e-3, str(e))
     torch.cuda.empty_cache()
-    case = base | dict(B=136, T=4096, H=32, HV=32, K=128, V=128, state=False, op="fused_chunk", gate="gamma")
+    case = base | dict(
+        B=136, T=4096, H=32, HV=32, K=128, V=128, state=False, op="fused_chunk", gate="gamma", fixed=True
+    )
     x = {n: torch.randn(136, 4096, 32, 128, device=DEVICE, dtype=torch.bfloat16) for n in ("q", "k", "v", "do")}
     x |= dict(g=None, gamma=-torch.rand(32, device=DEVICE), S0=None, dS1=None, cu=None)
     got = ours(case, x)

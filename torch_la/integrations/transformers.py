@@ -13,6 +13,7 @@ changes, to those of `torch_la.layers`. Every difference is on the page docs/tra
 from __future__ import annotations
 
 import inspect
+import sys
 from types import MethodType, TracebackType
 
 from torch import nn
@@ -71,8 +72,7 @@ class Accelerated:
 
 def _check_cache() -> None:
     """The caches of transformers got their method for reading a state late."""
-    import transformers
-
+    transformers = sys.modules["transformers"]  # there: a module of it was met
     missing = [name for name in CACHE_METHODS if not hasattr(transformers.Cache, name)]
     if missing:
         raise RuntimeError(f"the caches of transformers {transformers.__version__} have no {', '.join(missing)}")
