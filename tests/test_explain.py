@@ -260,6 +260,21 @@ def test_the_plan_is_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -
     assert 1.8 < found[1] / found[0] < 2.2
 
 
+def test_the_tiles_are_those_of_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose tiles the hardware copies are longer pipelines, for the chips that have the memory."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    q = meta(1, 1 << 19, 1, 128)
+    stages = {}
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        launches = torch_la.explain(q, q, q).forward.launches or ()
+        stages[capability] = next(launch.stages for launch in launches if launch.name == "forward")
+    assert stages[9, 0] > stages[8, 0] == stages[12, 0]
+
+
 def test_recurrent_has_one_stage() -> None:
     """What the doctor recommends where software pipelines are in doubt."""
     pytest.importorskip("triton")

@@ -188,7 +188,7 @@ def run(options: Case) -> dict[str, float]:
     grads = torch.autograd.grad(loss, list(used.values()), allow_unused=True, materialize_grads=True)
     want = {"o": o, "S": S} | dict(zip(used, grads, strict=True))
 
-    tiles.segment, tiles.described = case["segment"], case.get("described", 1 << 26)
+    tiles.segment, tiles.described = case["segment"], case.get("described", tiles.NEVER)
     tiles.override.clear()
     if case["chunk"]:
         tiles.override |= {name: tiles.Tile(case["chunk"], 16, 4, 1) for name in ("forward", "backward")}

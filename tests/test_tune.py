@@ -205,6 +205,20 @@ def test_the_fastest_that_is_right_is_written_and_unknown_rows_stay(
         assert [line.partition("]  ")[2].strip() for line in out.splitlines() if str(list(row)) in line] == verdicts
 
 
+def test_a_row_that_this_gpu_does_not_read_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = {"forward": {"half": {"64": [64, 64, 4, 3]}, "half+copied": {"128": [64, 64, 4, 4]}}}
+    (tmp_path / "tiles.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
+    monkeypatch.setattr(tune, "_copies_tiles", lambda: False)
+    assert tune.tune(["forward"], ["half+copied"], [128], tmp_path / "new.json", True) == 0
+    assert capsys.readouterr().out.startswith(
+        "forward half+copied 128: calls on this GPU do not read it; the row stays\n"
+    )
+    assert json.loads((tmp_path / "new.json").read_text()) == table
+
+
 def test_a_worker_that_ends_is_replaced() -> None:
     worker = tune._Worker()
     assert worker.run(math.sqrt, 4.0) == 2.0

@@ -291,6 +291,10 @@ def _dry_run(
     passes: tuple[Pass, Pass],
 ) -> tuple[Pass, Pass]:
     """`launch.forward` and `launch.backward`, every gradient wanted, on the meta device."""
+    from .ops.kernels import launch
+
+    # not what is remembered: "cuda" without an index is another device tomorrow
+    copies = launch._copies_tiles.__wrapped__(device) and not any(map(_unaligned, inputs[:3]))
 
     def meta(x: Tensor | None, tokens: bool) -> Any:
         if x is None:
@@ -317,7 +321,6 @@ def _dry_run(
 
     with _lock:
         launcher, notes = _copy_of_the_launcher()
-        copies = launcher._copies_tiles(device and (device.index or 0)) and not any(map(_unaligned, inputs[:3]))
         vars(launcher)["_copies_tiles"] = lambda index: copies
         vars(launcher)["_processors"] = lambda index: processors
         return run(passes[0]), run(passes[1])

@@ -28,7 +28,6 @@ from torch import Tensor
 Row = tuple[int, ...]  # chunk, block, warps, stages, and perhaps registers
 
 DEVICE = "cuda"
-NEVER = 1 << 62  # for tiles.described: no call reads by descriptors
 TOKENS = 1 << 21  # of the shape that is timed: over all heads and batch rows, times 64 / width
 # Each kind of product, the first word of a row's name: its dtypes, and the relative error that each may have.
 LIMITS = {
@@ -112,14 +111,6 @@ CASES = (
 )
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """`name`, or what is left of it without its last words, as it stands in `names`; "" where nothing does."""
-    names = set(names)
-    while name and name not in names:
-        name = name.rpartition("+")[0]
-    return name
-
-
 def reading(kernel: str, name: str, names: Iterable[str]) -> list[Case]:
     """The cases whose calls read the row `name`, if the table has the rows `names` for this kernel."""
     from .ops.kernels import tiles
@@ -137,13 +128,15 @@ def reading(kernel: str, name: str, names: Iterable[str]) -> list[Case]:
         gate = {"none": 0, "gamma": 2}.get(case.gate, 1)
         return tiles.name(kind, blocks, "+copied" in name, case.normalize, gate)
 
-    return [case for case in CASES if _nearest(asked(case), names) == name]
+    return [case for case in CASES if tiles.nearest(asked(case), set(names)) == name]
 
 
 def candidates(kernel: str, name: str) -> list[Row]:
     """The choices for a row; none for a row that this file does not know."""
+    from .ops.kernels import tiles
+
     known = CANDIDATES.get(kernel, {})
-    return known.get(_nearest(name, known), [])
+    return known.get(tiles.nearest(name, known), [])
 
 
 def held_denominator(
@@ -286,7 +279,7 @@ def _set(kernel: str, name: str, row: Row, seed: int) -> str:
     from .ops.kernels import tiles
 
     tiles.override[kernel] = tiles.Tile(*row)
-    tiles.described = 0 if "+copied" in name or "+blocks" in name else NEVER
+    tiles.described = 0 if "+copied" in name or "+blocks" in name else tiles.NEVER
     kind = name.partition("+")[0]
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     torch.manual_seed(seed)
@@ -308,7 +301,9 @@ def _checked(kernel: str, name: str, width: int, row: Row, seed: int) -> float:
     kind = _set(kernel, name, row, seed)
     cases = reading(kernel, name, tiles.table()[kernel])
     worst = 0.0
-    both = {tiles.described, NEVER} if name.startswith("half+blocks") else {tiles.described}  # one row for both ways
+    both = (
+        {tiles.described, tiles.NEVER} if name.startswith("half+blocks") else {tiles.described}
+    )  # one row for both ways
     for described in both:
         tiles.described = described
         worst = max(worst, *(_worst(kernel, dtype, width, cases) / limit for dtype, limit in LIMITS[kind].items()))

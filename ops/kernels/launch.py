@@ -5,8 +5,9 @@
     backward in blocks:  [gates] -> [the same two] -> S and dS between blocks -> dq, dk, dv -> [dg]
 
 In blocks, dg needs no sum that leaves its block: that keeps it exact. The normaliser runs between S and dS. What stands
-in brackets runs only where needed. Everything is chosen from shapes, so CUDA graphs capture every call. What is chosen
-is remembered: a call like an earlier one only allocates, and hands over its arguments.
+in brackets runs only where needed. Everything is chosen from shapes, strides and the alignment of addresses, so CUDA
+graphs capture every call. What is chosen is remembered: a call like an earlier one only allocates, and hands over its
+arguments.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ def _processors(index: int | None) -> int:
 
 
 @functools.cache
-def _copies_tiles(index: int | None) -> bool:
+def _copies_tiles(device: torch.device | int | None) -> bool:
     """Whether the hardware copies tiles by descriptors, and has the memory for the pipelines of the rows that do.
 
     From Hopper on, but not on the smaller chips of capability 12, whose shared memory is less than half of it.
     """
-    return index is None or (torch.version.hip is None and torch.cuda.get_device_capability(index)[0] in (9, 10))
+    return device is None or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10))
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -216,12 +217,10 @@ def _planned(
     read = (*inputs[:3], *inputs[8:9])
     views: tuple[_View, ...] | None = None
     large = tiles.described <= B * T * HV * (K + V)
-    if describable and large and packed is None and op != "recurrent" and kind == "half":
+    known = in_blocks or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)
+    if describable and large and known and packed is None and op != "recurrent" and kind == "half":
         seen = [_view(*x[1:]) for x in read]
-        views = tuple(x for x in seen if x is not None)
-        views = views if len(views) == len(seen) else None
-    if not (in_blocks or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)):
-        views = None
+        views = tuple(x for x in seen if x) if all(seen) else None
     row = tiles.name(kind, in_blocks, views is not None, normalize, gate)
     tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
     tokens = tile.chunk == 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,17 @@ class Tile:
     registers: int | None = None  # of a thread, at most: fewer let more programs run on a multiprocessor
 
 
-override: dict[str, Tile] = {}  # kernel -> tile: how `python -m torch_la tune` and the tests measure a row
-segment: int | None = None  # likewise the length of a segment
-described = 1 << 26  # and B T HV (K + V) from which on calls read by descriptors: the host needs time to make them
-in_blocks = False  # likewise: a backward without gradients of gates works in blocks too
+# How `python -m torch_la tune` and the tests measure a row:
+override: dict[str, Tile] = {}  # kernel -> tile
+segment: int | None = None  # the length of a segment
+described = 1 << 26  # B T HV (K + V) from which on calls read by descriptors: the host needs time to make them
+in_blocks = False  # a backward without gradients of gates works in blocks too
+
+NEVER = 1 << 62  # for `described`
 
 
 def settings() -> tuple[Any, ...]:
-    """What the first three say now: a plan made under other settings is not for this call."""
+    """What stands above, but for `in_blocks`: a plan made under other settings is not for this call."""
     return segment, described, *override.items()
 
 
@@ -61,11 +65,15 @@ def copies(kernel: str, precision: str, K: int, V: int) -> bool:
     return kernel in override or _copies(kernel, precision, max(K, V))
 
 
+def nearest(name: str, names: Container[str]) -> str:
+    """`name`, or what is left of it without its last words, as it stands in `names`; "" where nothing does."""
+    while name and name not in names:
+        name = name.rpartition("+")[0]
+    return name
+
+
 def _key(kernel: str, precision: str) -> str:
-    """The row's name, or the nearest with fewer words."""
-    while precision and precision not in table()[kernel]:
-        precision = precision.rpartition("+")[0]
-    return precision or "any"
+    return nearest(precision, table()[kernel]) or "any"
 
 
 @functools.cache

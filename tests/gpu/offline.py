@@ -152,7 +152,7 @@ def main() -> None:
                     dense = layout in ("dense", "copied")
                     cu = None if dense else torch.tensor([0, T], dtype=torch.int32)
                     tiles.segment = None if dense else T if layout == "packed" else 1024
-                    tiles.described = 0 if layout == "copied" else 1 << 62
+                    tiles.described = 0 if layout == "copied" else tiles.NEVER
                     launch.forward(op, q, q, v, g, gamma, S, True, cu, 0.5, normalize, False)
                     options = (cu, 0.5, normalize, False, v if normalize else None)
                     launch.backward(op, q, q, v, g, gamma, S, *options, v, S, "fixed" not in gate)
