@@ -1,5 +1,6 @@
 """Shard: the heads of a layer on two processes (tensor parallelism by DTensor), with the gradients of one process."""
 
+import os
 import socket
 
 import torch
@@ -33,8 +34,9 @@ def worker(rank: int, port: int) -> None:
         torch.testing.assert_close(weight.grad.full_tensor(), want[name])
     if rank == 0:
         local = layer.q_proj.weight.to_local().shape
-        print(f"4 heads on 2 processes, q_proj {tuple(local)} on each: outputs and gradients as on one")
+        print(f"4 heads on 2 processes, q_proj {tuple(local)} on each: outputs and gradients as on one", flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads outlive the group; Python would abort where one of them still frees a tensor
 
 
 if __name__ == "__main__":
