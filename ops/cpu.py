@@ -5,20 +5,19 @@
 - `recurrent_forward`, `recurrent_backward`: the definition, one token at a time.
 - `step_`: one token, the state updated in place.
 
-Arguments are those of the operators (see `torch_la.checks`), already checked. Inside, time stands next to the widths:
+Arguments are those of the operators (see `torch_la.checks`), already checked. Inside, all are batches of matrices:
 
-    [B, H, G, n, C, width]     B batch   H key heads   G value heads that share a key head
-                               n chunks of a segment   C tokens of a chunk
+    [N, C, width]     N = n * B * HV   n chunks of a segment   B batch   HV value heads   C tokens of a chunk
 
-so that q and k, whose G is 1, broadcast over their group. States are [B, H, G, K, V], in float32 (float64 for float64).
-`reference.chunk` explains the three steps of a chunk; the gradients are proved in docs/mathematics.
+q and k are repeated for the value heads that share them. States are [B * HV, K, V], in float32 (float64 for float64).
+`reference.chunk` explains the three steps of a chunk; the gradients are proved in docs/mathematics. With `reverse` the
+walk is from the last chunk to the first, and "before" a token stands what follows it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,7 +26,12 @@ from .. import checks
 from .reference import EPS
 
 CHUNK = 64
-SEGMENT = 1 << 18  # elements of q, k or v in a segment: 1 MiB of float32, so that a few of them share a core's cache
+# Elements of q, k or v that a segment has for each thread: calls cost little, and a core's cache holds a few of them.
+SEGMENT = 1 << 16
+# With so many for each thread in one chunk, the products of a chunk are enough for a call. Where there is nothing else
+# to do (one row, no gate, no normaliser) a segment is then one chunk: its products read their operands by strides,
+# while those of several chunks need a copy of each (`_Sequence.read`).
+VIEW = 1 << 14
 # exp(-128) is 0 in float32 and exp(-1000) in float64: a stronger decay is the same decay. The bound keeps -inf, and the
 # sums of huge log-decays, from turning into NaN or losing the digits of their weak neighbours.
 STRONGEST = {torch.float32: -128.0, torch.float64: -1000.0}
@@ -38,86 +42,114 @@ STRONGEST = {torch.float32: -128.0, torch.float64: -1000.0}
 torch.zeros(1, dtype=torch.float64).exp_()
 
 
-class Decay(NamedTuple):
+class Decay:
     """How a chunk decays what passes through it. None instead of a Decay: nothing decays."""
 
-    within: Tensor  # [B, H, G, n, C, C]  W_ij = exp(G_i - G_j) for j <= i, else 0: from token j to token i
-    before: Tensor  # [B, H, G, n, C, 1]  exp(G_i): from the start of the chunk to token i
-    after: Tensor  # [B, H, G, n, C, 1]  exp(G_end - G_j): from token j to the end of the chunk
-    whole: Tensor  # [B, H, G, n, 1, 1]  exp(G_end)
+    def __init__(self, gate: Tensor, dtype: torch.dtype, reverse: bool) -> None:
+        """gate: [N, C] log-decays in float64, where their sums keep the digits that float32 differences need."""
+        self.dtype, self.reverse = dtype, reverse
+        self.G = _sums(gate, reverse).unsqueeze(2)
+        self.G_end = self.G[:, :1] if reverse else self.G[:, -1:]
+
+    @cached_property
+    def within(self) -> Tensor:
+        """[N, C, C]  W_ij = exp(G_i - G_j) for j <= i, else 0: from token j to token i."""
+        return _triangle((self.G - self.G.mT).to(self.dtype).exp_(), self.reverse)
+
+    @cached_property
+    def before(self) -> Tensor:
+        """[N, C, 1]  exp(G_i): from the start of the chunk to token i."""
+        return self.G.to(self.dtype, copy=True).exp_()
+
+    @cached_property
+    def after(self) -> Tensor:
+        """[N, C, 1]  exp(G_end - G_j): from token j to the end of the chunk."""
+        return (self.G_end - self.G).to(self.dtype).exp_()
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """[N, 1, 1]  exp(G_end)."""
+        return self.G_end.to(self.dtype, copy=True).exp_()
 
 
-def _decay(gate: Tensor | None, dtype: torch.dtype) -> Decay | None:
-    """gate: [B, H, G, n, C] log-decays in float64, where their sums keep the digits that float32 differences need."""
-    if gate is None:
-        return None
-    G = gate.cumsum(-1)
-    end = G[..., -1:]
-    later = torch.ones(G.shape[-1], G.shape[-1], dtype=torch.bool).triu(1)
-    within = (G.unsqueeze(-1) - G.unsqueeze(-2)).to(dtype).masked_fill_(later, -torch.inf).exp_()
-    before, after, whole = (x.to(dtype).exp_().unsqueeze(-1) for x in (G.clone(), end - G, end.clone()))
-    return Decay(within, before, after, whole)
+def _triangle(x: Tensor, reverse: bool) -> Tensor:
+    """What a token sees of its chunk: what stands before it (with `reverse`: behind it). In place."""
+    return x.triu_() if reverse else x.tril_()
+
+
+def _sums(x: Tensor, reverse: bool) -> Tensor:
+    """Sums over the tokens of a chunk, [N, C, ...], each with those before it (with `reverse`: those behind it)."""
+    return x.flip(1).cumsum(1).flip(1) if reverse else x.cumsum(1)
 
 
 class _Sequence:
-    """One batch of equally long sequences (all rows, or one packed sequence), read by segments in walking order."""
+    """Sequences of one length that are walked together: all rows of a batch, or one packed sequence.
+
+    A segment has a place (run, i): `runs` are stretches of equal segments. `places` are in walking order.
+    """
 
     def __init__(
         self,
         start: int,
         end: int,
-        H: int,
+        states: slice,
+        heads: int,
         dtype: torch.dtype,
         gate: Tensor | None,
-        constant_gate: bool,
         reverse: bool,
         chunk: int,
         chunks: int,
     ) -> None:
-        self.start, self.end, self.H, self.dtype, self.reverse = start, end, H, dtype, reverse
-        self.gate, self.constant_gate, self.chunk, self.chunks = gate, constant_gate, chunk, chunks
-        self._constant: dict[int, Decay | None] = {}
+        self.states, self.heads, self.dtype, self.reverse = states, heads, dtype, reverse
+        self.runs: list[tuple[slice, tuple[int, int, int]]] = []  # tokens; segments, chunks of each, tokens of each
+        self.places: list[tuple[int, int]] = []
+        whole, rest = divmod((end - start) // chunk, chunks)
+        for count, n, C in ((whole, chunks, chunk), (1, rest, chunk), (1, 1, (end - start) % chunk)):
+            size = count * n * C
+            if size:
+                order = range(count)
+                self.places += [(len(self.runs), i) for i in (reversed(order) if reverse else order)]
+                self.runs.append((slice(end - size, end) if reverse else slice(start, start + size), (count, n, C)))
+                start, end = (start, end - size) if reverse else (start + size, end)
+        self.gate = None if gate is None else self.cut(gate.unsqueeze(3))
+        # A fixed decay, which is expanded over time, is computed once for each run.
+        self.fixed: dict[int, Decay] | None = {} if gate is not None and gate.stride(1) == 0 else None
 
-    def __iter__(self) -> Iterator[slice]:
-        """The segments, in walking order: whole chunks, and at the end of the walk what is left of one."""
-        length = self.end - self.start
-        rest = length % self.chunk
-        cuts = [*range(0, length - rest, self.chunk * self.chunks), length - rest]
-        if rest:
-            cuts.append(length)
-        for a, b in itertools.pairwise(cuts):
-            yield slice(self.end - b, self.end - a) if self.reverse else slice(self.start + a, self.start + b)
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """[B, T, heads, width] -> for each run a view [segments, n, B, heads, C, width]; if n = B = 1 without these."""
+        views = [x[:, at].unflatten(1, sizes).permute(1, 2, 0, 4, 3, 5) for at, sizes in self.runs]
+        return [x.flatten(1, 3) if x.shape[1:3] == (1, 1) else x for x in views]
 
-    def _chunks(self, at: slice) -> tuple[int, int]:
-        length = at.stop - at.start
-        return (length // self.chunk, self.chunk) if length >= self.chunk else (1, length)
+    def read(self, x: Tensor) -> Tensor:
+        """One segment of those, [N, C, width]: no copy if n = B = 1, the dtype is right and no heads are shared."""
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if x.size(-3) < self.heads:
+            x = x.repeat_interleave(self.heads // x.size(-3), -3)
+        return x.flatten(0, -3)
 
-    def read(self, x: Tensor, at: slice) -> Tensor:
-        """[B, T, heads, width] -> [B, H, heads / H, n, C, width] in walking order.
+    def write(self, into: Tensor, x: Tensor) -> None:
+        """The inverse of `read`. The gradients of the value heads that share a key head are added."""
+        if into.size(-3) < self.heads:
+            x = x.unflatten(0, (*into.shape[:-2], self.heads // into.size(-3))).sum(-3)
+        into.copy_(x.view_as(into))
 
-        Contiguous: several products read it, and each would make a copy of its own.
-        """
-        x = x[:, at].to(self.dtype)
-        x = x.flip(1) if self.reverse else x
-        return x.unflatten(1, self._chunks(at)).unflatten(3, (self.H, -1)).permute(0, 3, 4, 1, 2, 5).contiguous()
+    def chunks(self, m: int, *segments: Tensor) -> list[tuple[Tensor, ...]]:
+        """The chunks of segments [N, ...], each of m matrices, in walking order."""
+        if segments[0].size(0) == m:
+            return [segments]
+        chunks = list(zip(*(x.split(m) for x in segments), strict=True))
+        return chunks[::-1] if self.reverse else chunks
 
-    def write(self, into: Tensor, at: slice, x: Tensor) -> None:
-        """The inverse of `read`, into a tensor [B, T, heads, width] of any dtype."""
-        x = x.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(1, 2)
-        into[:, at].copy_(x.flip(1) if self.reverse else x)
-
-    def decay(self, at: slice) -> Decay | None:
-        length = at.stop - at.start
-        if self.constant_gate and length in self._constant:
-            return self._constant[length]
-        gate = None
-        if self.gate is not None:
-            gate = self.gate[:, at].unsqueeze(3).to(torch.float64).clamp(min=STRONGEST[self.dtype])
-            gate = gate.flip(1) if self.reverse else gate
-            gate = gate.unflatten(1, self._chunks(at)).unflatten(3, (self.H, -1)).permute(0, 3, 4, 1, 2, 5).squeeze(5)
-        decay = _decay(gate, self.dtype)
-        if self.constant_gate:
-            self._constant[length] = decay
+    def decay(self, run: int, i: int) -> Decay | None:
+        if self.gate is None:
+            return None
+        if self.fixed is not None and run in self.fixed:
+            return self.fixed[run]
+        gate = self.gate[run][i].to(torch.float64).clamp(min=STRONGEST[self.dtype])
+        decay = Decay(gate.flatten(0, -3).squeeze(2), self.dtype, self.reverse)
+        if self.fixed is not None:
+            self.fixed[run] = decay
         return decay
 
 
@@ -127,34 +159,31 @@ def _sequences(
     g: Tensor | None,
     g_gamma: Tensor | None,
     cu_seqlens: Tensor | None,
+    normalize: bool,
     reverse: bool,
     chunk: int,
-) -> list[tuple[_Sequence, slice]]:
-    """Every sequence with the rows of the state that are its own: all of them at once unless they are packed."""
-    B, T, H, K = q.shape
-    chunks = max(1, SEGMENT // (max(B, 1) * v.shape[2] * CHUNK * max(K, v.shape[3]))) if chunk > 1 else 1
-    gate = g
-    if g_gamma is not None:
-        gate = g_gamma.expand(1, T, -1)
-    cuts = [0, T] if cu_seqlens is None else checks.offsets(cu_seqlens, T)
-    return [
-        (
-            _Sequence(start, end, H, checks.state_dtype(q), gate, g is None, reverse, chunk, chunks),
-            slice(None) if cu_seqlens is None else slice(n, n + 1),
-        )
-        for n, (start, end) in enumerate(itertools.pairwise(cuts))
-    ]
+) -> list[_Sequence]:
+    """Every packed sequence, or all rows at once."""
+    B, T, _, K = q.shape
+    HV, V = v.shape[2:]
+    gate = g if g_gamma is None else g_gamma.expand(B, T, HV)
+    size, threads = max(1, B * HV * CHUNK * max(K, V)), torch.get_num_threads()
+    chunks = max(1, SEGMENT * threads // size) if chunk > 1 else 1
+    if B == 1 and gate is None and not normalize and size >= VIEW * threads:
+        chunks = 1
+    parts = [(0, T, slice(None))]  # with the rows of the state that are its own
+    if cu_seqlens is not None:
+        cuts = itertools.pairwise(checks.offsets(cu_seqlens, T))
+        parts = [(start, end, slice(n, n + 1)) for n, (start, end) in enumerate(cuts)]
+    return [_Sequence(*part, HV, checks.state_dtype(q), gate, reverse, chunk, chunks) for part in parts]
 
 
 def _state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, given: Tensor | None, normalize: bool) -> Tensor:
-    """A fresh contiguous state [N, H, G, K, V (+ 1)], zero or a copy of the given one."""
-    H, K, (HV, V) = q.shape[2], q.shape[3], v.shape[2:]
-    shape = (checks.states(q, cu_seqlens), HV, K, V + normalize)
-    if given is None:
-        state = torch.zeros(shape, dtype=checks.state_dtype(q))
-    else:
-        state = given.clone(memory_format=torch.contiguous_format)
-    return state.unflatten(1, (H, HV // H))
+    """A fresh contiguous state [N, HV, K, V (+ 1)], zero or a copy of the given one."""
+    if given is not None:
+        return given.clone(memory_format=torch.contiguous_format)
+    shape = (checks.states(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3] + normalize)
+    return torch.zeros(shape, dtype=checks.state_dtype(q))
 
 
 def _outputs(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -171,31 +200,20 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _per_key_head(x: Tensor) -> Tensor:
-    """The gradients of the value heads that share a key head, added."""
-    return x.sum(2, keepdim=True) if x.shape[2] > 1 else x
+def _causal(scores: Tensor, decay: Decay | None, reverse: bool) -> Tensor:
+    return _triangle(scores, reverse) if decay is None else scores.mul_(decay.within)
 
 
-def _causal(scores: Tensor, decay: Decay | None) -> Tensor:
-    return scores.tril_() if decay is None else scores * decay.within  # within may have more heads than scores
+def _whole(decay: Decay | None) -> list[Tensor]:
+    """To be cut into chunks with other arguments, or not to be there."""
+    return [] if decay is None else [decay.whole]
 
 
-def _added(b: Tensor, c: Tensor, decay: Decay | None) -> Tensor:
-    """What each chunk adds to the state: [B, H, G, n, K, V]."""
-    return b.mT @ (c if decay is None else decay.after * c)
-
-
-def _scan(S: Tensor, added: Tensor, decay: Decay | None, backward: bool = False) -> tuple[Tensor, Tensor]:
-    """The state in which the walk enters each chunk [B, H, G, n, K, V], and the one in which it leaves the last.
-
-    `backward`: the walk enters the last chunk first, as the gradient of the state does.
-    """
-    states = torch.empty_like(added)
-    order = range(added.shape[3])
-    for i in reversed(order) if backward else order:
-        states[:, :, :, i] = S
-        S = added[:, :, :, i] + S if decay is None else torch.addcmul(added[:, :, :, i], decay.whole[:, :, :, i], S)
-    return states, S
+def _pass(S: Tensor, b: Tensor, c: Tensor, *whole: Tensor, scale: float = 1.0) -> None:
+    """Takes a state past a chunk, in place: S = whole S + scale b^T c, b or c decayed to the end of the chunk."""
+    for factor in whole:
+        S.mul_(factor)
+    S.baddbmm_(b.mT, c, alpha=scale)
 
 
 def chunk_forward(
@@ -213,20 +231,22 @@ def chunk_forward(
 ) -> tuple[Tensor, Tensor | None]:
     o = _outputs(v, cu_seqlens)
     state = _state(q, v, cu_seqlens, initial_state, normalize)
-    for sequence, rows in _sequences(q, v, g, g_gamma, cu_seqlens, reverse, CHUNK):
-        S = state[rows]
-        for at in sequence:
-            a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
-            decay = sequence.decay(at)
-            states, S = _scan(S, _added(b, c, decay), decay)
-            out = _times(a @ states, None if decay is None else decay.before)
-            out += _causal(a @ b.mT, decay) @ c
+    for walk in _sequences(q, v, g, g_gamma, cu_seqlens, normalize, reverse, CHUNK):
+        S = state[walk.states].flatten(0, 1)
+        q_, k_, v_, o_ = map(walk.cut, (q, k, v, o))
+        for run, i in walk.places:
+            a, b, c = walk.read(q_[run][i]), walk.read(k_[run][i]), _ones(walk.read(v_[run][i]), normalize)
+            decay = walk.decay(run, i)
+            out = torch.bmm(_causal(torch.bmm(a, b.mT), decay, reverse), c)
+            if decay is not None:
+                a, c = decay.before * a, decay.after * c
+            for out_i, a_i, b_i, c_i, *whole in walk.chunks(len(S), out, a, b, c, *_whole(decay)):
+                out_i.baddbmm_(a_i, S, beta=scale, alpha=scale)
+                _pass(S, b_i, c_i, *whole)
             if normalize:
                 out = out[..., :-1] / (out[..., -1:] + EPS)
-            sequence.write(o, at, out)
-        if output_final_state:
-            state[rows] = S
-    return o, state.flatten(1, 2) if output_final_state else None
+            walk.write(o_[run][i], out)
+    return o, state if output_final_state else None
 
 
 def chunk_backward(
@@ -250,43 +270,56 @@ def chunk_backward(
     dgate = torch.zeros(v.shape[:3], dtype=checks.state_dtype(q)) if gate_grad else None
     state = _state(q, v, cu_seqlens, initial_state, normalize)
     dstate = _state(q, v, cu_seqlens, dfinal_state, normalize)
-    for sequence, rows in _sequences(q, v, g, g_gamma, cu_seqlens, reverse, CHUNK):
-        segments = list(sequence)
-        kept, S = [], state[rows]  # the states in which the walk enters each chunk, by segments
-        for at in segments:
-            decay = sequence.decay(at)
-            c = _ones(sequence.read(v, at), normalize)
-            states, S = _scan(S, _added(sequence.read(k, at), c, decay), decay)
-            kept.append(states)
-        dS = dstate[rows]  # the gradient of the state at the end of the segment
-        for at in reversed(segments):
+    for walk in _sequences(q, v, g, g_gamma, cu_seqlens, normalize, reverse, CHUNK):
+        S, dS = state[walk.states].flatten(0, 1), dstate[walk.states].flatten(0, 1)
+        q_, k_, v_, do_, dq_, dk_, dv_ = map(walk.cut, (q, k, v, do, dq, dk, dv))
+        o_ = walk.cut(o) if o is not None else None
+        dgate_ = walk.cut(dgate.unsqueeze(3)) if dgate is not None else None
+        kept = []  # the states in which the walk enters each chunk, by segments
+        for run, i in walk.places:
+            b, c = walk.read(k_[run][i]), _ones(walk.read(v_[run][i]), normalize)
+            decay = walk.decay(run, i)
+            c = c if decay is None else decay.after * c
+            entered = []
+            for b_i, c_i, *whole in walk.chunks(len(S), b, c, *_whole(decay)):
+                entered.append(S.clone())
+                _pass(S, b_i, c_i, *whole)
+            kept.append(torch.cat(entered[::-1] if reverse else entered) if len(entered) > 1 else entered[0])
+        for run, i in reversed(walk.places):
             states = kept.pop()
-            a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
-            d = sequence.read(do, at)
-            decay = sequence.decay(at)
+            a, b, c = walk.read(q_[run][i]), walk.read(k_[run][i]), _ones(walk.read(v_[run][i]), normalize)
+            d = walk.read(do_[run][i])
+            decay = walk.decay(run, i)
             before, after = (None, None) if decay is None else (decay.before, decay.after)
-            P = _causal(a @ b.mT, decay)
+            P = _causal(torch.bmm(a, b.mT), decay, reverse)
             if normalize:
-                assert o is not None
-                d = d / (P.sum(-1, keepdim=True) + _times(a @ states[..., -1:], before) + EPS)
-                d = torch.cat([d, -(d * sequence.read(o, at)).sum(-1, keepdim=True)], -1)
-            dstates, dS = _scan(dS, _times(a, before).mT @ d, decay, backward=True)  # at the end of each chunk
-            R = _causal(d @ c.mT, decay)
-            da = R @ b + _times(d @ states.mT, before)
-            db = R.mT @ a + _times(c @ dstates.mT, after)
-            dc = P.mT @ d + _times(b @ dstates, after)
-            sequence.write(dq, at, scale * _per_key_head(da))
-            sequence.write(dk, at, _per_key_head(db))
-            sequence.write(dv, at, dc[..., :-1] if normalize else dc)
-            if dgate is not None:
+                assert o_ is not None
+                total = P.sum(-1, keepdim=True) + _times(torch.bmm(a, states[..., -1:]), before)
+                d = d / (scale * total + EPS)
+                d = torch.cat([d, -(d * walk.read(o_[run][i])).sum(-1, keepdim=True)], -1)
+            R = _causal(torch.bmm(d, c.mT), decay, reverse)
+            d_start = _times(d, before)
+            da = torch.bmm(R, b).baddbmm_(d_start, states.mT, beta=scale, alpha=scale)
+            db, dc = torch.bmm(R.mT, a), torch.bmm(P.mT, d)
+            b_end, c_end = _times(b, after), _times(c, after)
+            owed = []
+            segments = db, dc, b_end, c_end, a, d_start, states, *_whole(decay)
+            for db_i, dc_i, b_i, c_i, a_i, d_i, S_i, *whole in reversed(walk.chunks(len(S), *segments)):
+                db_i.baddbmm_(c_i, dS.mT, beta=scale)
+                dc_i.baddbmm_(b_i, dS, beta=scale)
+                if dgate_ is not None:
+                    owed.append((S * dS).sum((1, 2), keepdim=True))
+                    S = S_i
+                _pass(dS, a_i, d_i, *whole, scale=scale)
+            walk.write(dq_[run][i], da)
+            walk.write(dk_[run][i], db)
+            walk.write(dv_[run][i], dc[..., :-1] if normalize else dc)
+            if dgate_ is not None:
                 # Summed inside the chunk only; what later chunks owe to the gates stands in <S, dS> at the chunk's end.
                 rho = (a * da).sum(-1, keepdim=True) - (b * db).sum(-1, keepdim=True)
-                ends = torch.cat([states[:, :, :, 1:], S.unsqueeze(3)], 3)
-                owed = (ends * dstates).sum((4, 5)).unsqueeze(-1).unsqueeze(-1)
-                sequence.write(dgate.unsqueeze(-1), at, rho.flip(4).cumsum(4).flip(4) + owed)
-            S = states[:, :, :, 0]
-        dstate[rows] = dS
-    return dq, dk, dv, *_gate_grads(dgate, g, g_gamma), dstate.flatten(1, 2) if initial_state is not None else None
+                later = torch.cat(owed if reverse else owed[::-1])
+                walk.write(dgate_[run][i], _sums(rho, not reverse) + later)
+    return dq, dk, dv, *_gate_grads(dgate, g, g_gamma), dstate if initial_state is not None else None
 
 
 def _gate_grads(dgate: Tensor | None, g: Tensor | None, g_gamma: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -314,23 +347,23 @@ def recurrent_forward(
 ) -> tuple[Tensor, Tensor | None]:
     o = _outputs(v, cu_seqlens)
     state = _state(q, v, cu_seqlens, initial_state, normalize)
-    for sequence, rows in _sequences(q, v, g, g_gamma, cu_seqlens, reverse, 1):
-        S = state[rows]
-        for at in sequence:
-            a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
-            S = _token(S, b, c, sequence.decay(at))
-            out = a @ S.unsqueeze(3)
+    for walk in _sequences(q, v, g, g_gamma, cu_seqlens, normalize, reverse, 1):
+        S = state[walk.states].flatten(0, 1)
+        q_, k_, v_, o_ = map(walk.cut, (q, k, v, o))
+        for run, i in walk.places:
+            a, b, c = walk.read(q_[run][i]), walk.read(k_[run][i]), _ones(walk.read(v_[run][i]), normalize)
+            S = _token(S, b, c, walk.decay(run, i))
+            out = scale * torch.bmm(a, S)
             if normalize:
                 out = out[..., :-1] / (out[..., -1:] + EPS)
-            sequence.write(o, at, out)
-        if output_final_state:
-            state[rows] = S
-    return o, state.flatten(1, 2) if output_final_state else None
+            walk.write(o_[run][i], out)
+        state[walk.states] = S.view_as(state[walk.states])
+    return o, state if output_final_state else None
 
 
 def _token(S: Tensor, b: Tensor, c: Tensor, decay: Decay | None) -> Tensor:
     """The recurrence itself: S_t = exp(g_t) S_{t-1} + k_t v_t^T."""
-    return (S if decay is None else decay.whole[:, :, :, 0] * S) + (b.mT * c)[:, :, :, 0]
+    return torch.addcmul(S if decay is None else decay.whole * S, b.mT, c)
 
 
 def recurrent_backward(
@@ -354,41 +387,42 @@ def recurrent_backward(
     dgate = torch.zeros(v.shape[:3], dtype=checks.state_dtype(q)) if gate_grad else None
     state = _state(q, v, cu_seqlens, initial_state, normalize)
     dstate = _state(q, v, cu_seqlens, dfinal_state, normalize)
-    for sequence, rows in _sequences(q, v, g, g_gamma, cu_seqlens, reverse, 1):
-        tokens = list(sequence)
+    for walk in _sequences(q, v, g, g_gamma, cu_seqlens, normalize, reverse, 1):
+        q_, k_, v_, do_, dq_, dk_, dv_ = map(walk.cut, (q, k, v, do, dq, dk, dv))
+        o_ = walk.cut(o) if o is not None else None
+        dgate_ = walk.cut(dgate.unsqueeze(3)) if dgate is not None else None
         # The backward walk needs the state at every token. Only every CHUNK-th is kept; those between are made again.
-        kept, S = [], state[rows]
-        for i, at in enumerate(tokens):
-            if i % CHUNK == 0:
+        kept, S = [], state[walk.states].flatten(0, 1)
+        for n, (run, i) in enumerate(walk.places):
+            if n % CHUNK == 0:
                 kept.append(S)
-            S = _token(S, sequence.read(k, at), _ones(sequence.read(v, at), normalize), sequence.decay(at))
-        dS = dstate[rows]
+            S = _token(S, walk.read(k_[run][i]), _ones(walk.read(v_[run][i]), normalize), walk.decay(run, i))
+        dS = dstate[walk.states].flatten(0, 1)
         for n, S in reversed(list(enumerate(kept))):
-            segment = tokens[n * CHUNK : (n + 1) * CHUNK]
+            segment = walk.places[n * CHUNK : (n + 1) * CHUNK]
             states = [S]
-            for at in segment:
-                b, c = sequence.read(k, at), _ones(sequence.read(v, at), normalize)
-                states.append(_token(states[-1], b, c, sequence.decay(at)))
-            for at in reversed(segment):
+            for run, i in segment:
+                b, c = walk.read(k_[run][i]), _ones(walk.read(v_[run][i]), normalize)
+                states.append(_token(states[-1], b, c, walk.decay(run, i)))
+            for run, i in reversed(segment):
                 S, S_before = states.pop(), states[-1]
-                a, b, c = scale * sequence.read(q, at), sequence.read(k, at), _ones(sequence.read(v, at), normalize)
-                d = sequence.read(do, at)
+                a, b, c = walk.read(q_[run][i]), walk.read(k_[run][i]), _ones(walk.read(v_[run][i]), normalize)
+                a, d = scale * a, walk.read(do_[run][i])
                 if normalize:
-                    assert o is not None
-                    d = d / (a @ S[..., -1:].unsqueeze(3) + EPS)
-                    d = torch.cat([d, -(d * sequence.read(o, at)).sum(-1, keepdim=True)], -1)
-                dS = dS + (a.mT * d)[:, :, :, 0]
-                S1, dS1 = S.unsqueeze(3), dS.unsqueeze(3)
-                sequence.write(dq, at, scale * _per_key_head(d @ S1.mT))
-                sequence.write(dk, at, _per_key_head(c @ dS1.mT))
-                sequence.write(dv, at, (b @ dS1)[..., : v.shape[-1]])
-                decay = sequence.decay(at)
+                    assert o_ is not None
+                    d = d / (torch.bmm(a, S[..., -1:]) + EPS)
+                    d = torch.cat([d, -(d * walk.read(o_[run][i])).sum(-1, keepdim=True)], -1)
+                dS = torch.addcmul(dS, a.mT, d)
+                walk.write(dq_[run][i], scale * torch.bmm(d, S.mT))
+                walk.write(dk_[run][i], torch.bmm(c, dS.mT))
+                walk.write(dv_[run][i], torch.bmm(b, dS)[..., : v.shape[-1]])
+                decay = walk.decay(run, i)
                 if decay is not None:
-                    dS = decay.whole[:, :, :, 0] * dS
-                if dgate is not None:
-                    sequence.write(dgate.unsqueeze(-1), at, (dS * S_before).sum((3, 4))[..., None, None, None])
-        dstate[rows] = dS
-    return dq, dk, dv, *_gate_grads(dgate, g, g_gamma), dstate.flatten(1, 2) if initial_state is not None else None
+                    dS = decay.whole * dS
+                if dgate_ is not None:
+                    walk.write(dgate_[run][i], (dS * S_before).sum((1, 2), keepdim=True))
+        dstate[walk.states] = dS.view_as(dstate[walk.states])
+    return dq, dk, dv, *_gate_grads(dgate, g, g_gamma), dstate if initial_state is not None else None
 
 
 def step_(

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .walk import (
     decays,
+    factors,
     operand,
     pair_decay,
     plus,
@@ -32,6 +33,7 @@ from .walk import (
     walk_states,
     walk_states_tokens,
     walk_tokens,
+    weighted_rows,
 )
 
 
@@ -182,9 +184,10 @@ def forward(
     hk = h // (HV // H)
     o += (batch * T * HV + h) * V
     if isinstance(q, tl.core.tensor_descriptor_base):  # all three are: `rows` takes the place of the head with each
-        q_t = (batch.to(tl.int32), hk.to(tl.int32))
+        place = (batch if LAYOUT == 0 else t1).to(tl.int32)
+        q_t = (place, hk.to(tl.int32))
         k_t = q_t
-        v_t = (batch.to(tl.int32), h.to(tl.int32))
+        v_t = (place, h.to(tl.int32))
     else:
         q += batch * q_b + hk * q_h
         k += batch * k_b + hk * k_h
@@ -329,6 +332,47 @@ def boundaries(
             tl.store(p, dS * factor, mask=mask)
             if NORMALIZE:
                 tl.store(dS0 + m * W + V, dz * factor, mask=(m < K) & (n0 == 0))
+
+
+@triton.jit(do_not_specialize=["T", "cuts", "L", "blocks"])
+def key_sums(
+    k, k_b, k_t, k_h,
+    G, gamma,
+    S0, s_n, s_h, s_k, s_v,  # [slots, HV, K, W] states in which the slots start
+    kept_z,  # [blocks, HV, K] out
+    cu, table, T, H, HV, cuts, L, blocks,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_S0: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z where every block of C tokens starts, and no state: what the denominators of a walking backward need."""
+    TILES: tl.constexpr = (K + BM - 1) // BM
+    pid = tl.program_id(0)
+    m0 = pid % TILES * BM
+    h = (pid // TILES % HV).to(tl.int64)
+    slot = (pid // TILES // HV).to(tl.int64)
+    sequence, batch, t0, t1, begin, _ = segment(slot, cu, table, T, cuts, L, LAYOUT)
+    m = m0 + tl.arange(0, BM)
+    z = load_z(S0 + slot * s_n + h * s_h + V * tl.cast(s_v, tl.int64), t0 < t1, m, s_k, K, HAS_S0, BM)
+    k += batch * k_b + h // (HV // H) * k_h
+    G += (batch * HV + h) * T
+    gamma2 = head_gate(gamma, h, GATE)
+    at = begin // C + sequence if LAYOUT != 0 else sequence * blocks
+    kept_z += ((at + (t0 - begin) // C) * HV + h) * K
+    i = tl.arange(0, C)
+    chunks = tl.cdiv((t1 - t0).to(tl.int32), C)
+    for step in range(0, chunks):
+        place = chunks - 1 - step if REVERSE else step
+        t = t0 + place * C
+        count = tl.minimum(t1 - t, C).to(tl.int32)
+        live = i < count
+        xk = operand(rows(k, k_t, t, i, live, m0, K, BM), k.dtype.element_ty, PRECISION)
+        tl.store(kept_z + tl.cast(place, tl.int64) * HV * K + m, z, mask=m < K)
+        weight = tl.full([C], 1.0, tl.float32)
+        if GATE != 0:
+            R, head, end = decays(G, gamma2, t, i, live, count, GATE, REVERSE)
+            weight, _, gain, _ = factors(R, head, end, 0.0, False)
+            z = z * gain
+        z += weighted_rows(xk, weight, k.dtype.element_ty, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "cuts"])
@@ -515,10 +559,10 @@ def backward(
     G, gamma, rden, dden,
     rho,  # [3, TILES, B * HV, T] out: q.dq and the two parts of k.dk, for each tile of K columns
     across,  # [slots, HV, TV] out: <S where the block starts, dS where it ends>, with the decay between
-    S0, s_n, s_h, s_k, s_v,  # [slots, HV, K, V] states in which the slots start
-    dS1, d_n, d_h, d_k, d_v,  # [slots, HV, K, V] their gradients where the slots end
-    z, dz,  # [slots, HV, K]
-    dS0,  # [slots, HV, K, V] out, contiguous; not with BLOCKS
+    S0, s_n, s_h, s_k, s_v,  # [slots, HV, K, W] states in which the slots start
+    dS1, d_n, d_h, d_k, d_v,  # [slots, HV, K, W] their gradients where the slots end
+    z, dz,  # [slots, HV, K] those of the normaliser, with BLOCKS; otherwise they are the last columns of the states
+    dS0,  # [slots, HV, K, W] out, contiguous; not with BLOCKS
     cu, table, T, N, H, HV, cuts, L, slots, heads, scale, d_scale,
     EPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, RHO: tl.constexpr,
@@ -529,10 +573,11 @@ def backward(
 
     BLOCKS: the slots are blocks of C tokens, and `boundaries` has left the states between them; where one tile holds
     all columns, one program does all three (`together`). Otherwise the slots are long segments, walked chunk by chunk;
-    then there is neither RHO nor NORMALIZE.
+    then there is no RHO.
     """
     TK: tl.constexpr = (K + BN - 1) // BN
     TV: tl.constexpr = (V + BN - 1) // BN
+    W: tl.constexpr = V + NORMALIZE
     TOGETHER: tl.constexpr = BLOCKS and not TOKENS and TK == 1 and TV == 1
     TILES: tl.constexpr = 1 if TOGETHER else 2 * TK + TV
     MOVES: tl.constexpr = not BLOCKS
@@ -558,9 +603,10 @@ def backward(
         return
     hk = h // (HV // H)
     if isinstance(q, tl.core.tensor_descriptor_base):
-        q_t = (batch.to(tl.int32), hk.to(tl.int32))
+        place = (batch if LAYOUT == 0 else t1).to(tl.int32)
+        q_t = (place, hk.to(tl.int32))
         k_t = q_t
-        v_t = (batch.to(tl.int32), h.to(tl.int32))
+        v_t = (place, h.to(tl.int32))
         do_t = v_t
     else:
         q += batch * q_b + hk * q_h
@@ -582,8 +628,16 @@ def backward(
     go: tl.constexpr = walk_tokens if TOKENS else walk
     S0 += slot * s_n + h * s_h
     dS1 += slot * d_n + h * d_h
-    z += (slot * HV + h) * K
-    dz += (slot * HV + h) * K
+    HAS_Z: tl.constexpr = NORMALIZE and (BLOCKS or HAS_S0)
+    HAS_DZ: tl.constexpr = NORMALIZE and (BLOCKS or HAS_DS1)
+    if BLOCKS:
+        z += (slot * HV + h) * K
+        dz += (slot * HV + h) * K
+        z_k, dz_k = 1, 1
+    else:
+        z = S0 + V * tl.cast(s_v, tl.int64)
+        dz = dS1 + V * tl.cast(d_v, tl.int64)
+        z_k, dz_k = s_k, d_k
     if TOGETHER:
         together(
             q, q_t, k, k_t, v, v_t, do, do_t, dq, dk, HV * K, dv, HV * V, G, gamma2, rden, dden, rho + head * T,
@@ -598,19 +652,23 @@ def backward(
             S = load_state(S0, used, m, n, s_v, s_k, V, K, HAS_S0, BV, BN, MOVES)
             go(
                 do, do_t, v, v_t, k_n, k_t, dq, HV * K, q_n, q_t, rq, rq, G, gamma2, rden, dden,
-                S, load_z(z, used, n, 1, K, NORMALIZE, BN), 0.0, t0, t1, n0,
+                S, load_z(z, used, n, z_k, K, HAS_Z, BN), 0.0, t0, t1, n0,
                 scale, EPS, V, K, BV, BN, C, 1, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
         if tile >= TK and tile < 2 * TK:
             rk = rho + (tile.to(tl.int64) * heads + head) * T
             dS = load_state(dS1, used, m, n, d_v, d_k, V, K, HAS_DS1, BV, BN, MOVES)
+            dzs = load_z(dz, used, n, dz_k, K, HAS_DZ, BN)
             if MOVES:
                 dS = dS * d_scale
-            go(
+                dzs = dzs * d_scale
+            _dS, dzs = go(
                 v, v_t, do, do_t, q_n, q_t, dk, HV * K, k_n, k_t, rk, rk + TK * heads.to(tl.int64) * T,
-                G, gamma2, rden, dden, dS, load_z(dz, used, n, 1, K, NORMALIZE, BN), due, t0, t1, n0,
+                G, gamma2, rden, dden, dS, dzs, due, t0, t1, n0,
                 scale, EPS, V, K, BV, BN, C, 3, GATE, REVERSE, NORMALIZE, RHO, MOVES, PRECISION,
             )  # fmt: skip
+            if HAS_DS0 and NORMALIZE:
+                tl.store(dS0 + (slot * HV + h) * K * W + n * W + V, dzs * scale, mask=n < K)
         if tile >= 2 * TK:
             dSv = load_state(dS1, used, mv, n, d_k, d_v, K, V, HAS_DS1, BK, BN, MOVES)
             if MOVES:
@@ -634,5 +692,5 @@ def backward(
                     total = tl.load(G + (t0 if REVERSE else t1 - 1)).to(tl.float32)
                 tl.store(across + (slot * HV + h) * TV + tile - 2 * TK, scale * e * tl.exp2(total + due))
             if HAS_DS0:
-                p, mask = state_tile(dS0 + (slot * HV + h) * K * V, mv, n, V, 1, K, V)
+                p, mask = state_tile(dS0 + (slot * HV + h) * K * W, mv, n, W, 1, K, V)
                 tl.store(p, Sv * scale, mask=mask)

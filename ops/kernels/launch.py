@@ -26,7 +26,7 @@ from . import chunk, segments, step, tiles
 from .dispatch import Launch, compiled_at_once, form
 
 _forward, _local_state, _boundaries = chunk.forward, chunk.local_state, chunk.boundaries
-_normaliser, _backward = chunk.normaliser, chunk.backward
+_key_sums, _normaliser, _backward = chunk.key_sums, chunk.normaliser, chunk.backward
 _gate_sums, _segment_table = segments.gate_sums, segments.segment_table
 _scan, _gate_gradient = segments.scan, segments.gate_gradient
 _step = step.step
@@ -119,6 +119,7 @@ class _Plan:
     normalize: bool
     reverse: bool
     tokens: bool  # token by token, in exact float32
+    in_blocks: bool  # the backward: blocks of one chunk, whose states are kept in memory
     dtype: torch.dtype  # of q, k and v
     precision: str  # of products
     kind: str  # of the rows of the tile table
@@ -131,7 +132,7 @@ class _Plan:
     views: tuple[_View, ...] | None  # q, k, v and do as descriptors show them, if the pass reads them by descriptors
     code: tuple[Any, ...]  # the device, and what tells one kind of call from others whose kernels differ
     begun: bool = False
-    block_slots: int = 0  # those of the blocks, where the backward works in blocks
+    block_slots: int = 0  # those of the blocks, where the backward works in blocks or needs denominators
     blocks: int = 0  # and those of a dense sequence
 
     @functools.cached_property
@@ -150,7 +151,8 @@ class _Plan:
         """x, which is the tensor `index` of q, k, v, do: a descriptor of tiles of so many columns, or as it is."""
         if self.views is None:
             return x
-        return TensorDescriptor(x, *self.views[index], [1, 1, self.C, columns])
+        shape, strides = self.views[index]
+        return TensorDescriptor(x, shape, strides, [1] * (len(shape) - 2) + [self.C, columns])
 
     @property
     def states_tile(self) -> tiles.Tile:
@@ -179,13 +181,22 @@ class _Plan:
         return torch.float64 if exact else torch.float32
 
 
-def _view(shape: tuple[int, ...], stride: tuple[int, ...]) -> _View | None:
-    """[B, T, H, width] as [B, H, T, width], if descriptors take its strides: multiples of 16 bytes, none 0."""
+def _view(shape: tuple[int, ...], stride: tuple[int, ...], packed: bool) -> _View | None:
+    """[B, T, H, width] as [B, H, T, width], if descriptors take its strides: multiples of 16 bytes, none 0.
+
+    Packed sequences end inside the tensor. There, two more dimensions let the caller say where (the trick of
+    triton.tools.ragged_tma): token t of rows that end before `end` has the address t s = 2^30 (2^34 - s) + end s +
+    (2^30 - end + t) s, in the 64 bits of an address, and lies outside the dimension of 2^30 tokens from `end` on.
+    """
     B, T, H, width = shape
     strides = [s if n > 1 else 8 for n, s in ((B, stride[0]), (H, stride[2]), (T, stride[1]))]
     if any(s <= 0 or s % 8 for s in strides):
         return None
-    return [B, H, T, width], [*strides, 1]
+    b, h, t = strides
+    if packed:
+        most = 0x7FFF0000
+        return ([most, most, H, 1 << 30, width], [(1 << 34) - t, t, h, t, 1]) if T <= 1 << 30 else None
+    return [B, H, T, width], [b, h, t, 1]
 
 
 def _plan(
@@ -218,8 +229,8 @@ def _planned(
     views: tuple[_View, ...] | None = None
     large = tiles.described <= B * T * HV * (K + V)
     known = in_blocks or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)
-    if describable and large and known and packed is None and op != "recurrent" and kind == "half":
-        seen = [_view(*x[1:]) for x in read]
+    if describable and large and known and op != "recurrent" and kind == "half":
+        seen = [_view(*x[1:], packed is not None) for x in read]
         views = tuple(x for x in seen if x) if all(seen) else None
     row = tiles.name(kind, in_blocks, views is not None, normalize, gate)
     tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
@@ -254,14 +265,14 @@ def _planned(
     if in_blocks and max(_power(K), _power(V)) <= tile.block:
         views = None  # one program does a whole block then: more of it goes through registers
     plan = _Plan(
-        B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, dtype, precision, kind, tile, layout,
-        cuts, length, slots, tuple(x[2][:3] for x in read), views,
+        B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, in_blocks, dtype, precision, kind, tile,
+        layout, cuts, length, slots, tuple(x[2][:3] for x in read), views,
         (
             device, views is None, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V, layout,
             cuts > 1, *(x is None for x in inputs),
         ),
     )  # fmt: skip
-    if in_blocks:
+    if in_blocks or (normalize and kernel == "backward"):
         plan.blocks = _ceil(T, plan.C)
         plan.block_slots = B * plan.blocks if packed is None else T // plan.C + N
     return plan
@@ -364,6 +375,16 @@ def _boundaries_launch(plan: _Plan, first: int, directions: int, has_s0: bool, h
     )  # fmt: skip
 
 
+@_remembered
+def _key_sums_launch(plan: _Plan, has_s0: bool) -> Launch:
+    BM = min(64, _power(plan.K))
+    return Launch(
+        _ceil(plan.K, BM) * plan.HV * plan.slots,
+        K=plan.K, V=plan.V, BM=BM, C=plan.C, GATE=plan.gate, REVERSE=plan.reverse, HAS_S0=has_s0, LAYOUT=plan.layout,
+        PRECISION=plan.precision, num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
 class _Kept:
     """The states in which blocks start, and their gradients where blocks end, as `boundaries` leaves them."""
 
@@ -375,10 +396,11 @@ class _Kept:
         count, normalize = plan.block_slots, plan.normalize
         # operands as the products take them, but for the normaliser (walk.py)
         dtype = torch.float32 if normalize or plan.tokens else q.dtype
-        self.states = torch.empty(2, count, plan.HV, plan.K, plan.V, dtype=dtype, device=q.device)
-        # (without the normaliser, nothing reads or writes z)
-        z = torch.empty(2, count, plan.HV, plan.K, dtype=torch.float32, device=q.device) if normalize else None
-        self.z = _or(z, q)
+        self.states = self.z = q
+        if plan.in_blocks:
+            self.states = torch.empty(2, count, plan.HV, plan.K, plan.V, dtype=dtype, device=q.device)
+        if normalize:
+            self.z = torch.empty(2, count, plan.HV, plan.K, dtype=torch.float32, device=q.device)
 
     def walk(
         self, start: Tensor | None, dend: Tensor | None, dstart: Tensor | None, d_scale: float,
@@ -393,6 +415,15 @@ class _Kept:
             *(weights or (q, q)), S0, *S0.stride(), dS1, *dS1.stride(), d_scale,
             _or(dstart, q), self.scale, self.states, self.z, self.states.stride(0), self.z.stride(0),
             *self.packed, plan.T, plan.H, plan.HV, plan.cuts, plan.length, plan.blocks, first,
+        )  # fmt: skip
+
+    def only_z(self, start: Tensor | None) -> None:
+        plan, (q, k, _, _, R, gamma) = self.plan, self.inputs
+        S0 = _or(start, q)
+        _key_sums_launch(plan, start is not None)(
+            _key_sums,
+            k, *plan.strides[1], _or(R, q), _or(gamma, q), S0, *S0.stride(), self.z,
+            *self.packed, plan.T, plan.H, plan.HV, plan.cuts, plan.length, plan.blocks,
         )  # fmt: skip
 
 
@@ -478,12 +509,12 @@ def _backward_launch(
     K, V, tile = plan.K, plan.V, plan.tile
     BN = plan.columns(max(K, V))
     TK, TV = plan.output_tiles
-    together = plan.blocks > 0 and not plan.tokens and TK == TV == 1  # as the kernel decides: one program for a block
+    together = plan.in_blocks and not plan.tokens and TK == TV == 1  # as the kernel decides: one program for a block
     return Launch(
         (1 if together else 2 * TK + TV) * plan.HV * slots,
         EPS=EPS, K=K, V=V, BK=plan.rows(K), BV=plan.rows(V), BN=BN, C=plan.C, GATE=plan.gate, REVERSE=plan.reverse,
         NORMALIZE=plan.normalize, RHO=rho, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0, LAYOUT=layout,
-        BLOCKS=plan.blocks > 0, TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=tile.warps,
+        BLOCKS=plan.in_blocks, TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=tile.warps,
         num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
@@ -543,7 +574,7 @@ def backward(
     g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
     groups = HV // H
     rho_wanted = wants_dg or wants_dgamma
-    in_blocks = rho_wanted or normalize or tiles.in_blocks
+    in_blocks = rho_wanted or tiles.in_blocks
     inputs = q, k, v, g, g_gamma, cu_seqlens, initial_state, o, do, dfinal_state
     plan = _plan(op, "backward", normalize, reverse, in_blocks, *inputs)
     with _on(q), _begin(plan):
@@ -569,28 +600,31 @@ def backward(
             dend = _segment_states(plan, q, do, *gates, packed, None, dfinal_state, dS0, scale, mirror=True)
             d_scale, dstart = 1.0, None
         if plan.blocks:
-            layout = DENSE if cu_seqlens is None else PACKED_CUT
-            cuts, length, slots = plan.blocks, plan.C, plan.block_slots
+            block_layout = DENSE if cu_seqlens is None else PACKED_CUT
             kept = _Kept(plan, q, k, v, do, *gates, packed, scale)
+            if plan.in_blocks:
+                both = not normalize
+                kept.walk(start, dend if both else None, dstart if both else None, d_scale, None, 0, 1 + both)
+            else:
+                kept.only_z(start)
             if normalize:
-                kept.walk(start, dend, None, d_scale, None, first=0, directions=1)
                 rden, dden = (torch.empty(B * HV, T, dtype=torch.float32, device=device) for _ in range(2))
                 weights = rden, dden
-                _normaliser_launch(plan, layout)(
+                _normaliser_launch(plan, block_layout)(
                     _normaliser,
                     q, *q_, k, *k_, o, do, *do_, _or(R, q), _or(g_gamma, q),
-                    kept.z, *weights, *block_packed, T, H, HV, cuts, scale,
+                    kept.z, *weights, *block_packed, T, H, HV, plan.blocks, scale,
                 )  # fmt: skip
                 if plan.cut:
                     dend = _segment_states(plan, q, do, *gates, packed, weights, dfinal_state, dS0, scale, mirror=True)
                     d_scale, dstart = 1.0, None
-                kept.walk(start, dend, dstart, d_scale, weights, first=1, directions=1)
-            else:
-                kept.walk(start, dend, dstart, d_scale, None, first=0, directions=2)
-            start, dend, dstart, d_scale = kept.states[0], kept.states[1], None, 1.0
-            if normalize:
-                z, dz = kept.z[0], kept.z[1]
-            packed = block_packed
+            if plan.in_blocks:
+                if normalize:
+                    kept.walk(start, dend, dstart, d_scale, weights, first=1, directions=1)
+                    z, dz = kept.z[0], kept.z[1]
+                layout, cuts, length, slots = block_layout, plan.blocks, plan.C, plan.block_slots
+                start, dend, dstart, d_scale = kept.states[0], kept.states[1], None, 1.0
+                packed = block_packed
         TK, TV = plan.output_tiles
         rho = across = q
         if rho_wanted:

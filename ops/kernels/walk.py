@@ -109,11 +109,16 @@ def weighted_rows(x, weight, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 def rows(p, stride, t, i, live, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Tile [C, BLOCK] of a [T, WIDTH] tensor from token t and column `first` on; zeros outside.
 
-    p is a pointer to the rows of a head, `stride` its token stride; or a descriptor of [B, H, T, WIDTH], by which the
-    hardware copies a tile to shared memory, and `stride` the place of the head in it.
+    p is a pointer to the rows of a head, `stride` its token stride; or a descriptor, by which the hardware copies a tile
+    to shared memory, and `stride` the place of the rows in it: batch and head in one of [B, H, T, WIDTH], end and head
+    in one of packed sequences, where tokens from the end on are outside (`_view` of launch.py).
     """
     if isinstance(p, tl.core.tensor_descriptor_base):
-        x = p.load([stride[0], stride[1], t.to(tl.int32), first]).reshape(i.shape[0], BLOCK)
+        if len(p.block_shape) == 4:
+            x = p.load([stride[0], stride[1], t.to(tl.int32), first])
+        else:
+            x = p.load([1 << 30, stride[0], stride[1], ((1 << 30) - stride[0] + t).to(tl.int32), first])
+        x = x.reshape(i.shape[0], BLOCK)
     else:
         col = first + tl.arange(0, BLOCK)
         mask = live[:, None]
@@ -348,7 +353,7 @@ def walk(
         xa = operand(rows(a, a_t, t, i, live, 0, M, BM), DTYPE, PRECISION)
         xb = operand(rows(b, b_t, t, i, live, 0, M, BM), DTYPE, PRECISION)
         xc = operand(rows(c, c_t, t, i, live, n0, N, BN), DTYPE, PRECISION)
-        R, D, w, dd = 0.0, 0.0, 0.0, 0.0
+        R, D, U, w, dd = 0.0, 0.0, 0.0, 0.0, 0.0
         if GATE != 0:
             R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE, AT_ONCE)
             if FACTORED:
@@ -375,20 +380,26 @@ def walk(
             y = y / (scale * (total + qz) + EPS)[:, None]
         store_rows(out, out_t, t, i, live, n, y, N, BN)
         if MOVES:
-            if NORMALIZE and ROLE == 0:
+            if NORMALIZE and ROLE != 2:
+                weight = dd if ROLE == 3 else tl.full([C], 1.0, tl.float32)
                 if GATE != 0:
-                    z = z * gain + weighted_rows(xb, U, DTYPE, PRECISION)
-                else:
-                    z += weighted_rows(xb, tl.full([C], 1.0, tl.float32), DTYPE, PRECISION)
+                    weight = weight * U
+                    z = z * gain
+                z += weighted_rows(xb if ROLE == 0 else xc, weight, DTYPE, PRECISION)
+            if NORMALIZE and MIRROR:
+                U = U * w if GATE != 0 else w
             if FACTORED:
                 S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION) * gain
-            elif GATE != 0:
-                moved = operand(xc.to(tl.float32) * U[:, None], DTYPE, PRECISION)
-                S = tl.dot(tl.trans(xb), moved, S * gain, input_precision=PRECISION)
             else:
+                if GATE != 0:
+                    S = S * gain
+                if GATE != 0 or (NORMALIZE and MIRROR):
+                    xc = operand(xc.to(tl.float32) * U[:, None], DTYPE, PRECISION)
                 S = tl.dot(tl.trans(xb), xc, S, input_precision=PRECISION)
     if MOVES and MIRROR and GATE != 0:
         S = S * tl.exp2(due)
+        if NORMALIZE:
+            z = z * tl.exp2(due)
     return S, z
 
 
