@@ -297,6 +297,8 @@ def _models(where: str) -> dict:
 
 
 _gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer", "pytest")}
+_later = _record("gpu_cases_hopper")["cases"]
+_gpu["later"] = {"count": len(_later), "wrong": sum(not c["ok"] for c in _later)}
 _gpu["cases"] |= {"count": len(_gpu["cases"]["cases"]), "wrong": sum(not c["ok"] for c in _gpu["cases"]["cases"])}
 _gpu["pytest"] |= {
     "passed": sum(f["passed"] for f in _gpu["pytest"]["files"]),

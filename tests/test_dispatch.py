@@ -72,6 +72,23 @@ def test_the_second_call_goes_to_compiled_code() -> None:
     assert kernel.log[-1] == ("compiled", *code, *pointers, 16, 0.25, 2, 1)  # constants in the kernel's order
 
 
+def test_a_kernel_that_does_not_compile_leaves_triton_as_it_was() -> None:
+    from triton.runtime._async_compile import active_mode
+
+    class Broken:
+        def warmup(self, *_: Any, **__: Any) -> None:
+            def fail() -> None:
+                raise RuntimeError("it does not compile")
+
+            mode = active_mode.get()
+            assert mode is not None
+            mode.submit("a key", fail, lambda compiled: None)
+
+    with pytest.raises(RuntimeError, match="it does not compile"), dispatch.compiled_at_once():
+        Launch(1)(Broken())
+    assert active_mode.get() is None
+
+
 def test_launches_that_wait_compile_first_and_keep_their_order() -> None:
     first, second, kernel = a_launch(), Launch(3, A=1, B=1), Function()
     first(kernel, X, X, 16, 0.5)
@@ -303,7 +320,7 @@ def test_each_device_has_launches_of_its_own(way: str, monkeypatch: pytest.Monke
     for name, value in {"is_cuda": True, "get_device": lambda x: device}.items():
         monkeypatch.setattr(Tensor, name, value, raising=False)
     monkeypatch.setattr(launch, "_processors", lambda index: 132)
-    monkeypatch.setattr(launch, "_copies_tiles", lambda index: True)
+    monkeypatch.setattr(launch, "_copies_tiles", lambda index: 9)
     monkeypatch.setattr(launch, "_on", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(Launch, "__call__", lambda it, kernel, *args: met[device].add(it))
     for index in (0, 1, 0):
@@ -330,7 +347,7 @@ def test_what_is_read_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "described", 0)
     assert views(dtype=torch.float32) is None
     assert views(op="recurrent") is None
-    assert views(cu=torch.tensor([0, 7])) is None  # the end of a sequence is not one of the tensor
+    assert len(views(cu=torch.tensor([0, 7]))[0][0]) == 5  # where a sequence ends is said in two more dimensions
     assert views(width=100) is None  # strides that are no multiple of 16 bytes
     assert views(width=104) is not None
     assert views(width=64) is None  # no row in the table

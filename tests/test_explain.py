@@ -263,16 +263,30 @@ def test_the_plan_is_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -
 def test_the_tiles_are_those_of_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose tiles the hardware copies are longer pipelines, for the chips that have the memory."""
     pytest.importorskip("triton")
+    from torch_la.ops.kernels import tiles
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     q = meta(1, 1 << 19, 1, 128)
-    stages = {}
-    for capability in ((8, 0), (9, 0), (12, 0)):
+    found = {}
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
         launches = torch_la.explain(q, q, q).forward.launches or ()
-        stages[capability] = next(launch.stages for launch in launches if launch.name == "forward")
-    assert stages[9, 0] > stages[8, 0] == stages[12, 0]
+        found[capability] = launches[-1]
+    assert found[9, 0].stages == found[10, 0].stages > found[8, 0].stages == found[12, 0].stages
+    monkeypatch.setattr(tiles, "hopper", True)
+    launches = {}
+    for capability in ((9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        launches[capability] = (torch_la.explain(q, q, q).forward.launches or ())[-1]
+    assert [it.name for it in launches.values()] == ["walk", "forward"]
+    assert (launches[9, 0].block, launches[9, 0].warps) == (64, 8)  # one head: programs of one consumer
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for width, names in ((128, ["backward"]), (256, ["walk"] * 3)):
+        q = meta(4, 8192, 8, width)
+        told = torch_la.explain(q, q, q)
+        assert [it.name for it in told.backward.launches or ()] == names
 
 
 def test_recurrent_has_one_stage() -> None:

@@ -55,6 +55,15 @@ CASES: dict[str, Case] = {
     "normalised, ungated": dict(normalize=True, gate="none"),
     "normalised, head gate, reverse": dict(normalize=True, gate="gamma", reverse=True),
     "normalised, no states": dict(normalize=True, state=False, dfinal=False),
+    "normalised, gates without a gradient": dict(normalize=True, fixed=True, HV=2),
+    "normalised, head gate without a gradient, reverse, segments": dict(
+        normalize=True, fixed=True, gate="gamma", reverse=True, segment=16, B=2
+    ),
+    "normalised, ungated, segments, reverse": dict(normalize=True, gate="none", segment=16, reverse=True),
+    "normalised, ungated, wide keys, packed, segments": dict(
+        **PACKED, normalize=True, gate="none", segment=16, K=33, H=1, HV=2
+    ),
+    "normalised, gates without a gradient, packed, reverse": dict(**PACKED, normalize=True, fixed=True, reverse=True),
     "segments": dict(segment=16),
     "segments, ungated": dict(segment=16, gate="none", dfinal=False),
     "segments, head gate": dict(segment=32, gate="gamma", state=False),
@@ -94,6 +103,10 @@ CASES: dict[str, Case] = {
     "copied, gates without a gradient, segments": dict(**COPIED, fixed=True, segment=16, H=2, HV=4, B=2),
     "copied, gates without a gradient, reverse": dict(**COPIED, fixed=True, reverse=True, gate="gamma"),
     "copied, normalised": dict(**COPIED | dict(V=24), normalize=True),
+    "copied, normalised, gates without a gradient": dict(**COPIED | dict(V=24), normalize=True, fixed=True, segment=16),
+    "copied, packed": dict(**COPIED, **PACKED, gate="none"),
+    "copied, packed, segments, reverse": dict(**COPIED, **PACKED, fixed=True, segment=16, reverse=True, H=2, HV=4),
+    "copied, packed, normalised": dict(**COPIED, **PACKED, normalize=True, gate="none"),
     "copied, in tiles of columns": dict(**COPIED | dict(K=40, V=24), T=20),
     "copied, some strong decay": dict(**COPIED, gate="some", HV=2),
     "copied, strides": dict(**COPIED | dict(K=32, V=16), strided=True, H=2, HV=4, gate="none", segment=32),

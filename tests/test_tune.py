@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,10 @@ def test_the_options_parse() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- rows and their calls
+
+
+def test_the_table_is_as_the_tuner_writes_it() -> None:
+    assert tiles.TABLE.read_text() == tune._text(tiles.table())
 
 
 def test_every_row_of_the_table_can_be_tuned() -> None:
@@ -253,6 +258,10 @@ def asked_by_the_launcher() -> list[tuple[str, str]]:
     for name, kernel in list(vars(launch).items()):
         if hasattr(kernel, "arg_names"):
             setattr(launch, name, Nothing())
+    # (hopper.py is not for the interpreter)
+    vars(launch).update(
+        _hopper_walk=Nothing(), _hopper_backward=Nothing(), hopper=SimpleNamespace(described=lambda *_: None)
+    )
     caches = [f for f in vars(launch).values() if hasattr(f, "cache_clear")]
 
     # A row is known by its count of registers, whatever the tuner overrides.

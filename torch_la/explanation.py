@@ -252,13 +252,15 @@ class _Note:
             count = sum(touched.values())
             if self.name == "scan":  # in place: reads and writes
                 count += arguments[0].nbytes
-            tile = (options.get(name) for name in ("C", "BN", "num_warps", "num_stages"))
+            tile = [options.get(name) for name in ("C", "BN", "num_warps", "num_stages")]
+            if "NC" in options:  # warpgroups that multiply, and one for the scores
+                tile = [64, 64 * options["NC"], 4 * options["NC"] + 4, options["SB"]]
             self.notes.append(Launch(self.name, count, math.prod(grid), *tile))
 
         return launch
 
 
-TOKENS = ("q", "k", "v", "o", "do", "q_n", "k_n", "do_n")
+TOKENS = ("q", "k", "v", "o", "do", "q_n", "k_n", "do_n", "a", "b", "c", "out", "dq", "dk", "dv")
 
 
 class _Watch(TorchDispatchMode):
@@ -294,7 +296,7 @@ def _dry_run(
     from .ops.kernels import launch
 
     # not what is remembered: "cuda" without an index is another device tomorrow
-    copies = launch._copies_tiles.__wrapped__(device) and not any(map(_unaligned, inputs[:3]))
+    copies = 0 if any(map(_unaligned, inputs[:3])) else launch._copies_tiles.__wrapped__(device)
 
     def meta(x: Tensor | None, tokens: bool) -> Any:
         if x is None:

@@ -66,6 +66,12 @@ CANDIDATES["states"] = {
     "half": list(itertools.product((64,), (32, 64, 128), (4, 8), (1, 2, 3, 4))),
     "tf32": list(itertools.product((64,), (32, 64), (4, 8), (1, 2, 3))),
 }
+CANDIDATES["hopper"] = CANDIDATES["hopper_few"] = {
+    "half": [
+        *itertools.product((64,), (128,), (12,), (2,), (200, 208, 216)),
+        *itertools.product((64,), (64,), (8,), (2, 3), (216, 232)),
+    ],
+}
 CANDIDATES["tokens"] = {"any": list(itertools.product((1,), (16, 32, 64), (2, 4, 8), (1,)))}
 CANDIDATES["step"] = {"any": list(itertools.product((1,), (8, 16, 32, 64), (1, 2, 4), (1,)))}
 
@@ -83,7 +89,7 @@ class Case:
     @property
     def in_blocks(self) -> bool:
         """The form of its backward."""
-        return self.normalize or (self.gate != "none" and not self.fixed)
+        return self.gate != "none" and not self.fixed
 
     @property
     def cancels(self) -> bool:
@@ -120,6 +126,8 @@ def reading(kernel: str, name: str, names: Iterable[str]) -> list[Case]:
         return []
     if kernel in ("tokens", "step"):
         return list(CASES) if name == "any" else []
+    if kernel in ("hopper", "hopper_few"):
+        return [case for case in CASES if not case.normalize]
     if kernel == "states":
         return [case for case in CASES if case.cut or case.in_blocks] if name in ("half", "tf32") else []
 
@@ -184,7 +192,7 @@ def _call(kernel: str, op: Any, x: dict[str, Tensor | None], case: Case) -> list
 
 def _draw(kernel: str, dtype: torch.dtype, width: int, case: Case) -> dict[str, Tensor | None]:
     """Fresh inputs, on the CPU."""
-    B, T, H, HV = 2, 1 if kernel == "step" else 200 if kernel == "tokens" else 700, 2, 4
+    B, T, H, HV = 2, {"step": 1, "tokens": 200}.get(kernel, 700), 2, 68 if kernel == "hopper" else 4
     r = torch.randn
     q, k = ((x.abs() + 0.1 if case.normalize else x) for x in (r(B, T, H, width), r(B, T, H, width)))
     g = torch.nn.functional.logsigmoid(r(B, T, HV)) / 8
@@ -248,8 +256,8 @@ def _time(kernel: str, dtype: torch.dtype, width: int, case: Case) -> float:
     def median(run: Callable[[], Any]) -> float:
         return float(triton.testing.do_bench(run, return_mode="median"))
 
-    T, H = (512, 16) if kernel == "tokens" else (4096, 16)
-    B = max(1, TOKENS * 64 // width // T // H)
+    T, H = 512 if kernel == "tokens" else 4096, 192 if kernel == "hopper" else 16
+    B = 1 if kernel == "hopper_few" else max(1, TOKENS * 64 // width // T // H)
     q, k, v, do = (torch.randn(B, T, H, width, device=DEVICE, dtype=dtype) for _ in range(4))
     if case.normalize:
         q, k = q.abs(), k.abs()
@@ -267,7 +275,7 @@ def _time(kernel: str, dtype: torch.dtype, width: int, case: Case) -> float:
     def forward() -> Tensor:
         return op(q, k, v, g, gamma, None, False, None, *options)[0]
 
-    if kernel in ("forward", "tokens"):
+    if kernel not in ("backward", "states"):
         return median(forward)
     o = forward() if case.normalize else None
     gradient = case.gate != "none" and not case.fixed
@@ -279,7 +287,9 @@ def _set(kernel: str, name: str, row: Row, seed: int) -> str:
     from .ops.kernels import tiles
 
     tiles.override[kernel] = tiles.Tile(*row)
-    tiles.described = 0 if "+copied" in name or "+blocks" in name else tiles.NEVER
+    copied = "+copied" in name or "+blocks" in name or kernel.startswith("hopper")
+    tiles.described = 0 if copied else tiles.NEVER
+    tiles.hopper = kernel.startswith("hopper")
     kind = name.partition("+")[0]
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     torch.manual_seed(seed)
@@ -360,8 +370,8 @@ def _best(worker: _Worker, kernel: str, name: str, width: int, rows: Iterable[Ro
     return None
 
 
-def _copies_tiles() -> bool:
-    """Whether calls on this GPU read by descriptors at all."""
+def _copies_tiles() -> int:
+    """The capability of this GPU, if calls on it read by descriptors at all, or 0."""
     from .ops.kernels import launch
 
     return launch._copies_tiles(torch.cuda.current_device() if torch.cuda.is_available() else None)
@@ -380,7 +390,8 @@ def tune(kernels: list[str], names: list[str], widths: list[int], output: Path, 
             why = "no call that reads it is known" if candidates(kernel, name) else "there are no candidates for it"
             print(f"{kernel} {name} {width}: {why}; the row stays")
             continue
-        if "+copied" in name and not _copies_tiles():
+        capability = _copies_tiles()
+        if ("+copied" in name and not capability) or (kernel.startswith("hopper") and capability != 9):
             print(f"{kernel} {name} {width}: calls on this GPU do not read it; the row stays")
             continue
         current: Row = tuple(table[kernel][name][str(width)])
@@ -398,10 +409,11 @@ def tune(kernels: list[str], names: list[str], widths: list[int], output: Path, 
 
 
 def _text(table: dict[str, Any]) -> str:
-    """The table as JSON, a line for each kind of product."""
+    """The table as JSON, a line for each kind of product, in columns."""
     kernels = []
     for kernel, rows in table.items():
-        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        longest = max(map(len, rows)) + 3
+        lines = ",\n".join(f"    {json.dumps(name) + ':':{longest}} {json.dumps(row)}" for name, row in rows.items())
         kernels.append(f"  {json.dumps(kernel)}: {{\n{lines}\n  }}")
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 

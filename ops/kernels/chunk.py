@@ -218,10 +218,10 @@ def local_state(
     decay,  # [slots, HV] out: log2-decay of each segment; mirrored states owe that of a first token, not of their own
     cu, table, T, H, HV, cuts, L,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, MIRROR: tl.constexpr, NORMALIZE: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, MIRROR: tl.constexpr, NORMALIZE: tl.constexpr, LAST: tl.constexpr,
     LAYOUT: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each segment adds to the state."""
+    """What each segment adds to the state. Without LAST, not that on which nothing follows: no one asks for it."""
     DUE: tl.constexpr = MIRROR and GATE != 0 and not TOKENS
     TILES: tl.constexpr = (V + BN - 1) // BN
     W: tl.constexpr = V + NORMALIZE
@@ -231,6 +231,8 @@ def local_state(
     slot = (pid // TILES // HV).to(tl.int64)
     _, batch, t0, t1, begin, end = segment(slot, cu, table, T, cuts, L, LAYOUT)
     if t0 >= t1:
+        return
+    if not LAST and (t0 == begin if REVERSE != MIRROR else t1 == end):
         return
     m = tl.arange(0, BK)
     n = n0 + tl.arange(0, BN)
@@ -370,7 +372,7 @@ def key_sums(
         weight = tl.full([C], 1.0, tl.float32)
         if GATE != 0:
             R, head, end = decays(G, gamma2, t, i, live, count, GATE, REVERSE)
-            weight, _, gain, _ = factors(R, head, end, 0.0, False)
+            weight, _D, gain, _due = factors(R, head, end, 0.0, False)
             z = z * gain
         z += weighted_rows(xk, weight, k.dtype.element_ty, PRECISION)
 

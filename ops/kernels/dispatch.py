@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import torch
@@ -89,8 +89,12 @@ def compiled_at_once() -> Iterator[None]:
         yield
     finally:
         _waiting.reset(token)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads, AsyncCompileMode(threads):
-        for launch, kernel, args in queue:
-            kernel.warmup(*args, grid=launch.grid, **launch.constants)
+
+    def compile_all() -> None:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads, AsyncCompileMode(threads):
+            for launch, kernel, args in queue:
+                kernel.warmup(*args, grid=launch.grid, **launch.constants)
+
+    copy_context().run(compile_all)  # where a kernel does not compile, Triton stays in its mode: not here
     for launch, kernel, args in queue:
         launch(kernel, *args)

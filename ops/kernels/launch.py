@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -30,6 +31,13 @@ _key_sums, _normaliser, _backward = chunk.key_sums, chunk.normaliser, chunk.back
 _gate_sums, _segment_table = segments.gate_sums, segments.segment_table
 _scan, _gate_gradient = segments.scan, segments.gate_gradient
 _step = step.step
+
+# The dialect that hopper.py is written in is experimental: only where it has been tried.
+_hopper_walk = _hopper_backward = None
+if triton.__version__.startswith("3.6.") and not triton.knobs.runtime.interpret:
+    from . import hopper
+
+    _hopper_walk, _hopper_backward = hopper.walk, hopper.backward
 
 BLOCK = 64  # tokens of a block, token by token
 SHORTEST = 1024  # tokens of a segment: shorter ones move more bytes of states than of tokens
@@ -44,12 +52,15 @@ def _processors(index: int | None) -> int:
 
 
 @functools.cache
-def _copies_tiles(device: torch.device | int | None) -> bool:
-    """Whether the hardware copies tiles by descriptors, and has the memory for the pipelines of the rows that do.
+def _copies_tiles(device: torch.device | int | None) -> int:
+    """The capability, if the hardware copies tiles by descriptors and has the memory for the rows that do; or 0.
 
-    From Hopper on, but not on the smaller chips of capability 12, whose shared memory is less than half of it.
+    So it is from Hopper (9) on, but not on the smaller chips of 12, whose shared memory is less than half of it.
     """
-    return device is None or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10))
+    if device is None:
+        return 9
+    major = torch.cuda.get_device_capability(device)[0] if torch.version.hip is None else 0
+    return major if major in (9, 10) else 0
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -130,6 +141,7 @@ class _Plan:
     slots: int
     strides: tuple[tuple[int, ...], ...]  # of q, k, v and in the backward do, without the last
     views: tuple[_View, ...] | None  # q, k, v and do as descriptors show them, if the pass reads them by descriptors
+    on_hopper: bool  # the pass of hopper.py
     code: tuple[Any, ...]  # the device, and what tells one kind of call from others whose kernels differ
     begun: bool = False
     block_slots: int = 0  # those of the blocks, where the backward works in blocks or needs denominators
@@ -208,14 +220,15 @@ def _plan(
     options = op, kernel, normalize, reverse, in_blocks, exact
     describable = _copies_tiles(device)
     for x in (q, *inputs[:2], *inputs[7:8]):
-        describable = describable and x is not None and not x.data_ptr() & 15
+        if x is None or x.data_ptr() & 15:
+            describable = 0
     return _planned(*options, device, _processors(device), describable, tiles.settings(), form(q, *inputs))
 
 
 @_remembered
 def _planned(
     op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, exact: bool, device: int | None,
-    processors: int, describable: bool, settings: tuple[Any, ...], inputs: tuple[Any, ...],
+    processors: int, describable: int, settings: tuple[Any, ...], inputs: tuple[Any, ...],
 ) -> _Plan:  # fmt: skip
     # (the device and the settings of the table only tell plans apart: each device compiles, the table reads its own)
     (dtype, (B, T, H, K), _), _, (_, (_, _, HV, V), _), g, g_gamma, cu, *_ = inputs
@@ -229,11 +242,22 @@ def _planned(
     views: tuple[_View, ...] | None = None
     large = tiles.described <= B * T * HV * (K + V)
     known = in_blocks or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)
+    # (packed sequences of wide heads: not before the sanitizer has been through them)
+    known = known and (packed is None or max(K, V) <= 128)
     if describable and large and known and op != "recurrent" and kind == "half":
-        seen = [_view(*x[1:], packed is not None) for x in read]
+        seen = [_view(x[1], x[2], packed is not None) for x in read]
         views = tuple(x for x in seen if x) if all(seen) else None
-    row = tiles.name(kind, in_blocks, views is not None, normalize, gate)
-    tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
+    on_hopper = (
+        tiles.hopper and views is not None and describable == 9 and _hopper_walk is not None
+        and kernel not in tiles.override and max(K, V) > 64 and K % 8 == V % 8 == 0
+        and not (in_blocks or normalize) and packed is None
+    )  # fmt: skip
+    if on_hopper:
+        few = B * HV * _ceil(V if kernel == "forward" else min(K, V), 128) < processors  # programs with two consumers
+        tile = tiles.tile("hopper_few" if few else "hopper", kind, K, V)
+    else:
+        row = tiles.name(kind, in_blocks, views is not None, normalize, gate)
+        tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
     tokens = tile.chunk == 1
     N = B if packed is None else packed
     # cut so that about eight warps run on every multiprocessor
@@ -244,11 +268,13 @@ def _planned(
     programs = HV * _ceil(V, walks.block)
     if in_blocks:
         programs *= 1 if normalize else 2
+    elif kernel == "backward" and on_hopper and max(K, V) > 128:  # one launch for each role
+        programs = min(programs, HV * _ceil(K, walks.block))
     elif kernel == "backward":
         programs += 2 * HV * _ceil(K, walks.block)
     length = T
     if kernel == "backward" or op == "chunk":
-        wanted = 8 // walks.warps * processors
+        wanted = max(1, 8 // walks.warps) * processors
         if 1.1 * B * programs < wanted:
             length = max(SHORTEST, -(-T * B * programs // wanted))
         if tiles.segment is not None:
@@ -266,10 +292,10 @@ def _planned(
         views = None  # one program does a whole block then: more of it goes through registers
     plan = _Plan(
         B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, in_blocks, dtype, precision, kind, tile,
-        layout, cuts, length, slots, tuple(x[2][:3] for x in read), views,
+        layout, cuts, length, slots, tuple(x[2][:3] for x in read), views, on_hopper,
         (
-            device, views is None, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V, layout,
-            cuts > 1, *(x is None for x in inputs),
+            device, views is None, on_hopper, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V,
+            layout, cuts > 1, *(x is None for x in inputs),
         ),
     )  # fmt: skip
     if in_blocks or (normalize and kernel == "backward"):
@@ -310,21 +336,22 @@ def _gates(plan: _Plan, g: Tensor | None, cu: Tensor) -> Tensor | None:
 
 
 @_remembered
-def _local_state_launch(plan: _Plan, mirror: bool) -> Launch:
+def _local_state_launch(plan: _Plan, mirror: bool, last: bool) -> Launch:
     tile = plan.states_tile
     BN = plan.columns(plan.V, tile)
     return Launch(
         _ceil(plan.V, BN) * plan.HV * plan.slots,
         K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=plan.gate,
-        REVERSE=plan.reverse, MIRROR=mirror, NORMALIZE=plan.normalize, LAYOUT=plan.layout, TOKENS=plan.tokens,
-        PRECISION=plan.precision, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        REVERSE=plan.reverse, MIRROR=mirror, NORMALIZE=plan.normalize, LAST=last, LAYOUT=plan.layout,
+        TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers,
     )  # fmt: skip
 
 
 @_remembered
 def _scan_launch(plan: _Plan, mirror: bool, has_s0: bool, has_s1: bool) -> Launch:
     KW = plan.K * plan.W
-    size = min(512, _power_of_2(KW))
+    size = min(2048, _power_of_2(KW))
     return Launch(
         _ceil(KW, size) * plan.HV * plan.N,
         KW=KW, W=plan.W, PACKED=plan.layout != DENSE, REVERSE=plan.reverse, MIRROR=mirror, GATE=plan.gate,
@@ -348,7 +375,7 @@ def _segment_states(
     """The state in which every segment starts, [slots, HV, K, W]. `mirror`: their gradients, divided by the scale."""
     states = torch.empty(plan.slots, plan.HV, plan.K, plan.W, dtype=torch.float32, device=k.device)
     decay = torch.empty(plan.slots, plan.HV, dtype=torch.float32, device=k.device) if plan.gate else states
-    _local_state_launch(plan, mirror)(
+    _local_state_launch(plan, mirror, final is not None)(
         _local_state,
         k, *k.stride()[:3], v, *v.stride()[:3], _or(R, k), _or(gamma, k), *(weights or (k, k)), states, decay,
         *packed, plan.T, plan.H, plan.HV, plan.cuts, plan.length,
@@ -446,6 +473,82 @@ def _forward_launch(plan: _Plan, has_s0: bool, has_s1: bool) -> Launch:
     )  # fmt: skip
 
 
+def _hopper_options(plan: _Plan, M: int) -> dict[str, Any]:
+    """M: rows of the state as the role holds it."""
+    few = plan.tile.block == 64
+    tile = tiles.tile("hopper_few" if few else "hopper", plan.kind, M, 128)
+    BM = max(128, _power(M))
+    return {
+        "BM": BM, "SA": min(tile.stages, 2) if BM == 256 else tile.stages, "SB": tile.stages, "NC": tile.block // 64,
+        "GATE": plan.gate, "REVERSE": plan.reverse, "REGISTERS": tile.registers, "num_warps": 4,
+    }  # fmt: skip
+
+
+def _contiguous_view(x: Tensor) -> _View:
+    B, T, H, width = x.shape
+    return [B, H, T, width], [T * H * width, width, H * width, 1]
+
+
+@_remembered
+def _role_launch(plan: _Plan, role: int, has_s0: bool, has_s1: bool) -> Launch:
+    M, N = (plan.V, plan.K) if role in (1, 3) else (plan.K, plan.V)
+    programs = _ceil(N, plan.tile.block) * plan.HV * plan.slots
+    return Launch(programs, MIRROR=role >= 2, HAS_S0=has_s0, HAS_S1=has_s1, **_hopper_options(plan, M))
+
+
+def _role_on_hopper(
+    plan: _Plan, role: int, a: Tensor, b: Tensor, c: Tensor, order: tuple[int, int, int], out: Tensor,
+    R: Tensor | None, gamma: Tensor | None, start: Tensor | None, final: Tensor | None,
+    scale: float, in_scale: float = 1.0, out_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """One role of walk.py by hopper.py. order: which of q, k, v and do a, b and c are."""
+    assert plan.views is not None
+    launch = _role_launch(plan, role, start is not None, final is not None)
+    views = (*(plan.views[i] for i in order), _contiguous_view(out))
+    BM = launch.constants["BM"]
+    S0 = _or(start, a)
+    s_slot, s_h, s_k, s_v = S0.stride()
+    launch(
+        _hopper_walk,
+        *map(hopper.described, (a, b, c, out), views, (BM, BM, 64, 64)), _or(R, a), _or(gamma, a),
+        S0, s_slot, s_h, *((s_v, s_k) if role in (1, 3) else (s_k, s_v)), _or(final, a),
+        plan.T, a.shape[2], c.shape[2], plan.HV, a.shape[3], out.shape[3], plan.cuts, plan.length,
+        scale, in_scale, out_scale,
+    )  # fmt: skip
+
+
+@_remembered
+def _roles_launch(plan: _Plan, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
+    programs = (2 * _ceil(plan.K, plan.tile.block) + _ceil(plan.V, plan.tile.block)) * plan.HV * plan.slots
+    options = _hopper_options(plan, max(plan.K, plan.V))
+    return Launch(programs, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0, **options)
+
+
+def _backward_on_hopper(
+    plan: _Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    R: Tensor | None, gamma: Tensor | None, start: Tensor | None, dend: Tensor | None, dstart: Tensor | None,
+    scale: float, d_scale: float,
+) -> None:  # fmt: skip
+    """Up to a width of 128 in one launch, whose roles share L2. Wider ones compile faster, and run as fast, apart."""
+    if max(plan.K, plan.V) > 128:
+        gates = R, gamma
+        _role_on_hopper(plan, 1, do, v, k, (3, 2, 1), dq, *gates, start, None, scale)
+        _role_on_hopper(plan, 3, v, do, q, (2, 3, 0), dk, *gates, dend, None, scale, d_scale)
+        _role_on_hopper(plan, 2, k, q, do, (1, 0, 3), dv, *gates, dend, dstart, scale, d_scale, scale)
+        return
+    assert plan.views is not None
+    read, views, S0, dS1 = (q, k, v, do), plan.views, _or(start, q), _or(dend, q)
+    launch = _roles_launch(plan, start is not None, dend is not None, dstart is not None)
+    launch(
+        _hopper_backward,
+        *(hopper.described(x, view, 128) for x, view in zip(read, views, strict=True)),
+        *(hopper.described(read[i], views[i], 64) for i in (0, 1, 3)),
+        *(hopper.described(x, _contiguous_view(x), 64) for x in (dq, dk, dv)),
+        _or(R, q), _or(gamma, q), S0, *S0.stride(), dS1, *dS1.stride(), _or(dstart, q),
+        plan.T, plan.H, plan.HV, plan.K, plan.V, plan.cuts, plan.length, scale, d_scale,
+    )  # fmt: skip
+
+
 def forward(
     op: str,
     q: Tensor,
@@ -481,13 +584,16 @@ def forward(
         if plan.cut:
             start = _segment_states(plan, k, v, R, g_gamma, packed, None, initial_state, final, scale, mirror=False)
             pass_final = None
+        if plan.on_hopper:
+            _role_on_hopper(plan, 0, q, k, v, (0, 1, 2), o, R, g_gamma, start, pass_final, scale)
+            return o, final
+        S0, S1 = _or(start, q), _or(pass_final, q)
         q_, k_, v_ = plan.strides
-        S0 = _or(start, q)
         BK, BN, tiles_of = plan.rows(plan.K), plan.columns(V), plan.described
         _forward_launch(plan, start is not None, pass_final is not None)(
             _forward,
             tiles_of(q, 0, BK), *q_, tiles_of(k, 1, BK), *k_, tiles_of(v, 2, BN), *v_, o, _or(R, q), _or(g_gamma, q),
-            S0, *S0.stride(), _or(pass_final, q), *packed,
+            S0, *S0.stride(), S1, *packed,
             T, N, plan.H, HV, plan.cuts, plan.length, plan.slots, scale,
         )  # fmt: skip
     return o, final
@@ -574,11 +680,13 @@ def backward(
     g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
     groups = HV // H
     rho_wanted = wants_dg or wants_dgamma
-    in_blocks = rho_wanted or tiles.in_blocks
+    # (with the normaliser, wide heads are as fast in blocks)
+    in_blocks = rho_wanted or tiles.in_blocks or (normalize and max(K, V) > 128)
     inputs = q, k, v, g, g_gamma, cu_seqlens, initial_state, o, do, dfinal_state
     plan = _plan(op, "backward", normalize, reverse, in_blocks, *inputs)
     with _on(q), _begin(plan):
-        dqk = torch.float32 if groups > 1 else q.dtype
+        # (hopper.py writes the dtype that it reads: float32 tiles transposed on their way out came wrong)
+        dqk = torch.float32 if groups > 1 and not plan.on_hopper else q.dtype
         dq = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dk = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dv = torch.empty(B, T, HV, V, dtype=v.dtype, device=device)
@@ -630,19 +738,23 @@ def backward(
         if rho_wanted:
             rho = torch.empty(3, TK, B * HV, T, dtype=torch.float32, device=device)
             across = torch.empty(slots, HV, TV, dtype=torch.float32, device=device)
-        S0, dS1 = _or(start, q), _or(dend, q)
-        BK, BV, BN, tiles_of = plan.rows(K), plan.rows(V), plan.columns(max(K, V)), plan.described
-        launch = _backward_launch(
-            plan, layout, slots, rho_wanted, start is not None, dend is not None, dstart is not None
-        )
-        launch(
-            _backward,
-            tiles_of(q, 0, BK), *q_, tiles_of(k, 1, BK), *k_, tiles_of(v, 2, BV), *v_, tiles_of(do, 3, BV), *do_,
-            tiles_of(q, 0, BN), tiles_of(k, 1, BN), tiles_of(do, 3, BN), dq, dk, dv,
-            _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, across, S0, *S0.stride(),
-            dS1, *dS1.stride(), z, dz, _or(dstart, q), *packed,
-            T, N, H, HV, cuts, length, slots, B * HV, scale, d_scale,
-        )  # fmt: skip
+        if plan.on_hopper:
+            args = q, k, v, do, dq, dk, dv, R, g_gamma, start, dend, dstart
+            _backward_on_hopper(plan, *args, scale, d_scale)
+        else:
+            S0, dS1 = _or(start, q), _or(dend, q)
+            BK, BV, BN, tiles_of = plan.rows(K), plan.rows(V), plan.columns(max(K, V)), plan.described
+            launch = _backward_launch(
+                plan, layout, slots, rho_wanted, start is not None, dend is not None, dstart is not None
+            )
+            launch(
+                _backward,
+                tiles_of(q, 0, BK), *q_, tiles_of(k, 1, BK), *k_, tiles_of(v, 2, BV), *v_, tiles_of(do, 3, BV), *do_,
+                tiles_of(q, 0, BN), tiles_of(k, 1, BN), tiles_of(do, 3, BN), dq, dk, dv,
+                _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, across, S0, *S0.stride(),
+                dS1, *dS1.stride(), z, dz, _or(dstart, q), *packed,
+                T, N, H, HV, cuts, length, slots, B * HV, scale, d_scale,
+            )  # fmt: skip
         dg = dgamma = None
         if rho_wanted:
             launch = _gate_gradient_launch(plan, layout, wants_dgamma)
@@ -655,9 +767,15 @@ def backward(
             )  # fmt: skip
     if wants_dgamma and g_gamma is not None:
         dgamma = part.sum(0).to(g_gamma.dtype)
-    if groups > 1:
-        dq, dk = (x.view(B, T, H, groups, K).sum(3).to(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, dg, dgamma, dS0
+    return *_summed(dq, dk, q), dv, dg, dgamma, dS0
+
+
+def _summed(dq: Tensor, dk: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the value heads that share one of q and k."""
+    B, T, H, K = q.shape
+    if dq.shape[2] == H:
+        return dq, dk
+    return dq.view(B, T, H, -1, K).sum(3).to(q.dtype), dk.view(B, T, H, -1, K).sum(3).to(q.dtype)
 
 
 @_remembered

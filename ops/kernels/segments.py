@@ -117,12 +117,13 @@ def scan(
         S = tl.load(p, mask=mask, other=0.0).to(tl.float32) * in_scale
     step = -HV if BACK else HV
     row = (j0 + (count - 1 if BACK else 0)) * HV + h
-    for _ in range(0, count):
+    for j in range(0, count):
         p = states + row * KW + e
-        x = tl.load(p, mask=mask, other=0.0)
+        followed = HAS_S1 or j + 1 < count  # or else `local_state` wrote nothing, and nobody needs it
+        x = tl.load(p, mask=mask & followed, other=0.0)
         tl.store(p, S, mask=mask)
         if GATE != 0:
-            S = S * tl.exp2(tl.load(decay + row))
+            S = S * tl.exp2(tl.load(decay + row, mask=followed, other=0.0))
         S += x
         row += step
     if HAS_S1:

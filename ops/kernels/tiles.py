@@ -35,13 +35,14 @@ override: dict[str, Tile] = {}  # kernel -> tile
 segment: int | None = None  # the length of a segment
 described = 1 << 26  # B T HV (K + V) from which on calls read by descriptors: the host needs time to make them
 in_blocks = False  # a backward without gradients of gates works in blocks too
+hopper = False  # hopper.py where it can: not before the sanitizers have said all they can of it (docs/kernels)
 
 NEVER = 1 << 62  # for `described`
 
 
 def settings() -> tuple[Any, ...]:
     """What stands above, but for `in_blocks`: a plan made under other settings is not for this call."""
-    return segment, described, *override.items()
+    return segment, described, hopper, *override.items()
 
 
 def name(kind: str, blocks: bool, copied: bool, norm: bool, gate: int) -> str:

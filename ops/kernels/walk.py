@@ -109,9 +109,9 @@ def weighted_rows(x, weight, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 def rows(p, stride, t, i, live, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Tile [C, BLOCK] of a [T, WIDTH] tensor from token t and column `first` on; zeros outside.
 
-    p is a pointer to the rows of a head, `stride` its token stride; or a descriptor, by which the hardware copies a tile
-    to shared memory, and `stride` the place of the rows in it: batch and head in one of [B, H, T, WIDTH], end and head
-    in one of packed sequences, where tokens from the end on are outside (`_view` of launch.py).
+    p is a pointer to the rows of a head, `stride` its token stride; or a descriptor, by which the hardware copies a
+    tile to shared memory, and `stride` the place of the rows in it: batch and head in one of [B, H, T, WIDTH], end and
+    head in one of packed sequences, where tokens from the end on are outside (`_view` of launch.py).
     """
     if isinstance(p, tl.core.tensor_descriptor_base):
         if len(p.block_shape) == 4:
@@ -191,18 +191,6 @@ def pair_decay(P, R, gamma, i, GATE: tl.constexpr, MIRROR: tl.constexpr):
 
 
 @triton.jit
-def products(xa, xb, S, TWICE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T and a S."""
-    high = operand(S, DTYPE, PRECISION)
-    P = tl.dot(xa, tl.trans(xb), input_precision=PRECISION)
-    y = tl.dot(xa, high, input_precision=PRECISION)
-    if TWICE:
-        low, factor = remainder(S, high, DTYPE, PRECISION)
-        y = plus(xa, low, factor, y, DTYPE, PRECISION)
-    return P, y
-
-
-@triton.jit
 def split(x, TWICE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """x as an operand; and, TWICE, what rounding took off, with its factor."""
     high = operand(x, DTYPE, PRECISION)
@@ -210,6 +198,21 @@ def split(x, TWICE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
         low, factor = remainder(x, high, DTYPE, PRECISION)
         return high, low, factor
     return high, high, 1.0
+
+
+@triton.jit
+def products(xa, xb, S, TWICE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T and a S."""
+    high = operand(S, DTYPE, PRECISION)
+    if TWICE:  # P last: it would wait in registers
+        y = tl.dot(xa, high, input_precision=PRECISION)
+        low, factor = remainder(S, high, DTYPE, PRECISION)
+        y = plus(xa, low, factor, y, DTYPE, PRECISION)
+        P = tl.dot(xa, tl.trans(xb), input_precision=PRECISION)
+    else:
+        P = tl.dot(xa, tl.trans(xb), input_precision=PRECISION)
+        y = tl.dot(xa, high, input_precision=PRECISION)
+    return P, y
 
 
 @triton.jit
@@ -353,7 +356,7 @@ def walk(
         xa = operand(rows(a, a_t, t, i, live, 0, M, BM), DTYPE, PRECISION)
         xb = operand(rows(b, b_t, t, i, live, 0, M, BM), DTYPE, PRECISION)
         xc = operand(rows(c, c_t, t, i, live, n0, N, BN), DTYPE, PRECISION)
-        R, D, U, w, dd = 0.0, 0.0, 0.0, 0.0, 0.0
+        R, D, w, dd = 0.0, 0.0, 0.0, 0.0
         if GATE != 0:
             R, head, end = decays(gate, gamma, t, i, live, count, GATE, REVERSE, AT_ONCE)
             if FACTORED:

@@ -25,8 +25,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_la.ops.kernels import launch, tiles
 
@@ -48,6 +48,7 @@ def compile_for_hopper(fn: JITFunction, args: tuple, options: dict) -> dict | No
     target = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": options.pop("maxnreg", None)}
     values = dict(zip(fn.arg_names, args, strict=False)) | options
     signature, constants, attrs = {}, {}, {}
+    gluon = fn.is_gluon()
     for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
         x = values[name]
         if parameter.is_constexpr or (isinstance(x, int) and x == 1 and not parameter.do_not_specialize):
@@ -56,9 +57,10 @@ def compile_for_hopper(fn: JITFunction, args: tuple, options: dict) -> dict | No
         elif isinstance(x, torch.Tensor):
             signature[name] = TYPES[x.dtype]
             attrs[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(x, TensorDescriptor):
+        elif hasattr(x, "block_shape"):  # a descriptor, of Triton or of Gluon
             block = ",".join(map(str, x.block_shape))
-            signature[name] = f"tensordesc<{TYPES[x.base.dtype][1:]}[{block}]>"
+            layout = f",{x.layout!r}" if gluon else ""
+            signature[name] = f"tensordesc<{TYPES[x.base.dtype][1:]}[{block}]{layout}>"
         elif isinstance(x, float):
             signature[name] = "fp32"
         else:
@@ -69,7 +71,7 @@ def compile_for_hopper(fn: JITFunction, args: tuple, options: dict) -> dict | No
     if key in seen:
         return None
     seen.add(key)
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+    source = (GluonASTSource if gluon else ASTSource)(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
     start = time.time()
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=target)
     seconds = time.time() - start
@@ -122,7 +124,10 @@ def main() -> None:
     parser.add_argument("--gates", nargs="+", default=["none", "g", "gamma", "g+norm", "g fixed"])
     parser.add_argument("--ops", nargs="+", default=["chunk"])
     parser.add_argument(
-        "--layouts", nargs="+", default=["dense", "copied"], choices=["dense", "copied", "packed", "cut"]
+        "--layouts",
+        nargs="+",
+        default=["dense", "copied", "hopper"],
+        choices=["dense", "copied", "hopper", "packed", "cut", "packed+copied", "cut+copied"],
     )
     parser.add_argument(
         "--tile", nargs="*", default=[], help="kernel:chunk,block,warps,stages instead of the table's row"
@@ -141,7 +146,7 @@ def main() -> None:
         t = torch.bfloat16 if dtype == "bf16" else torch.float16 if dtype == "fp16" else torch.float32
         for D in args.widths:
             for gate in args.gates:
-                normalize = gate.endswith("norm")
+                normalize = "norm" in gate
                 K, V = (int(x) for x in (D.split("x") * 2)[:2])
                 q, v = torch.empty(1, T, H, K, dtype=t), torch.empty(1, T, H, V, dtype=t)
                 g = torch.empty(1, T, H) if gate.startswith(("g+", "g ")) or gate == "g" else None
@@ -149,10 +154,11 @@ def main() -> None:
                 S = torch.empty(1, H, K, V + normalize)
                 for op, layout in itertools.product(args.ops, args.layouts):
                     label = f"{op} {dtype} {D} {gate} {layout}"
-                    dense = layout in ("dense", "copied")
+                    dense = layout in ("dense", "copied", "hopper")
                     cu = None if dense else torch.tensor([0, T], dtype=torch.int32)
-                    tiles.segment = None if dense else T if layout == "packed" else 1024
-                    tiles.described = 0 if layout == "copied" else tiles.NEVER
+                    tiles.segment = None if dense else T if layout.startswith("packed") else 1024
+                    tiles.described = 0 if layout.endswith(("copied", "hopper")) else tiles.NEVER
+                    tiles.hopper = layout == "hopper"
                     launch.forward(op, q, q, v, g, gamma, S, True, cu, 0.5, normalize, False)
                     options = (cu, 0.5, normalize, False, v if normalize else None)
                     launch.backward(op, q, q, v, g, gamma, S, *options, v, S, "fixed" not in gate)

@@ -33,7 +33,7 @@ LIMITS = {"bf16": 5e-3, "fp16": 1e-3, "tf32": 1e-3, "ieee": 1e-5}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 WIDTHS = [16, 32, 60, 64, 100, 128, 192, 256, (1, 1), (5, 7), (64, 128), (128, 64), (128, 256), (256, 40)]
 DEVICE = "cuda"
-DESCRIBED = tiles.described
+DESCRIBED, HOPPER = tiles.described, tiles.hopper
 copy_bandwidth: float | None = None  # TB/s, measured with the timings
 
 
@@ -108,6 +108,7 @@ def ours(case: dict, x: dict) -> dict:
     torch.set_float32_matmul_precision("highest" if case["dtype"] == "ieee" else "high")
     tiles.segment = case.get("segment")
     tiles.described = 0 if case.get("copied", True) else tiles.NEVER
+    tiles.hopper = case.get("hopper", False)
     options = (case["scale"], case["normalize"], case["reverse"])
     qkvg = (x["q"], x["k"], x["v"], x["g"], x["gamma"], x["S0"])
     o, S = launch.forward(case["op"], *qkvg, True, x["cu"], *options)
@@ -118,6 +119,7 @@ def ours(case: dict, x: dict) -> dict:
     }
     tiles.segment = None
     tiles.described = DESCRIBED
+    tiles.hopper = HOPPER
     return out
 
 
@@ -181,6 +183,13 @@ OPTIONS = [
     dict(gate="gamma", state=True, fixed=True, segment=192),
     dict(gate="reset", state=True, fixed=True, reverse=True, T=1300),
     dict(gate="rare", normalize=True, state=True),
+    dict(gate="none", cu=[0, 0, 130, 131, 700, 980], T=1001, B=1, state=True, segment=192),
+    dict(gate="gamma", cu=[0, 64, 300, 1000], T=1000, B=1, fixed=True, state=True, H=4, HV=8, reverse=True),
+    dict(gate="g", cu=[0, 333, 333, 900], T=950, B=1, fixed=True, state=False, normalize=True),
+    dict(gate="none", state=True, B=2, H=34, HV=68, T=300),  # many heads: another form of program on Hopper
+    dict(gate="g", state=True, fixed=True, B=1, H=136, HV=136, T=300),
+    dict(gate="gamma", state=False, fixed=True, B=1, H=136, HV=136, T=300, reverse=True),
+    dict(gate="reset", state=True, fixed=True, segment=192, H=2, HV=4),
     # Behind a strong decay o is v, whatever q is: dq and most of dk are differences of equal terms. With -20 at every
     # token e^-20 of the terms is left, which rounding hides in every dtype: relative errors of that would say nothing.
     dict(gate="mixed", normalize=True, state=True, cancels=True),
@@ -195,7 +204,7 @@ def cases(full: bool, first: int = 0) -> Iterator[dict]:
     def make(**kw: object) -> dict:
         nonlocal seed
         seed += 1
-        case = base | dict(copied=seed % 2 == first % 2) | kw | dict(seed=seed)
+        case = base | dict(copied=seed % 2 == first % 2, hopper=seed % 4 == first % 2) | kw | dict(seed=seed)
         if case["normalize"] and case["K"] < 16:
             # o does not change with the length of q, so dq has nothing along q: with K = 1 it is 0, up to EPS.
             case["cancels"] = True
@@ -219,6 +228,9 @@ def cases(full: bool, first: int = 0) -> Iterator[dict]:
                 if every and "cu" not in options:
                     yield make(**case, copied=False)
                     case["copied"] = True
+                    if width != 64 and not options.get("normalize"):
+                        yield make(**case, hopper=True)
+                    case["hopper"] = False
                 yield make(**case)
             turn += count
     for dtype in DTYPES:
@@ -240,7 +252,7 @@ def cases(full: bool, first: int = 0) -> Iterator[dict]:
 def name(case: dict) -> str:
     flags = "".join(f" {k}" for k in ("normalize", "reverse", "state", "fixed", "cancels") if case.get(k))
     if case.get("copied") and case["dtype"] in ("bf16", "fp16") and case["op"] != "recurrent" and not case.get("cu"):
-        flags += " copied"
+        flags += " copied" + " hopper" * bool(case.get("hopper"))
     more = "".join(f" {k}={case[k]}" for k in ("segment", "cu") if case.get(k) is not None)
     shape = f"B{case['B']} T{case['T']} H{case['H']} HV{case['HV']} K{case['K']} V{case['V']}"
     return f"{case['op']} {case['dtype']} {shape} {case['gate']}{flags}{more}"
@@ -259,7 +271,9 @@ def shard(index: int, count: int, full: bool, match: str, seed: int) -> list[dic
                 seed=case["seed"],
                 limit=LIMITS[case["dtype"]],
                 copied=" ".join(
-                    pass_ for pass_, plan in zip(("forward", "backward"), plans, strict=True) if plan.views
+                    pass_ + " on Hopper" * plan.on_hopper
+                    for pass_, plan in zip(("forward", "backward"), plans, strict=True)
+                    if plan.views
                 ),
                 errors=errors,
                 ok=worst <= LIMITS[case["dtype"]],
@@ -311,7 +325,9 @@ def extras() -> list[dict]:
     variants = [base, base | dict(normalize=True, gate="gamma"), base | dict(op="fused_chunk", K=128, V=128),
                 base | dict(op="recurrent", T=300), base | dict(B=1, cu=[0, 0, 700, 1400], segment=256),
                 base | dict(gate="none", K=128, V=128), base | dict(K=256, V=256),
-                base | dict(gate="gamma", fixed=True, K=256, V=256)]  # fmt: skip
+                base | dict(gate="gamma", fixed=True, K=256, V=256),
+                base | dict(gate="none", K=128, V=128, hopper=True),
+                base | dict(gate="gamma", fixed=True, K=256, V=256, hopper=True)]  # fmt: skip
     for case in variants:
         torch.manual_seed(0)
         x = inputs(case)
@@ -479,6 +495,7 @@ def sweep(rows: list[str], check_only: bool) -> list[dict]:
 
 def sanitize(width: int) -> None:
     """Every kernel once, small. Run under compute-sanitizer."""
+    processors = launch._processors
     base = dict(
         op="chunk", B=1, T=100, H=1, HV=2, K=width, V=width, normalize=False, reverse=False, state=True, scale=0.2
     )
@@ -488,9 +505,14 @@ def sanitize(width: int) -> None:
         dict(gate="g", fixed=True), dict(gate="gamma", fixed=True, segment=64),
         dict(gate="g", normalize=True, cu=[0, 3, 99]), dict(gate="strong", dtype="fp16", copied=False),
         dict(gate="g", dtype="ieee", segment=64),
+        dict(gate="none", normalize=True), dict(gate="g", fixed=True, normalize=True, cu=[0, 3, 99]),
+        dict(gate="none", cu=[0, 3, 99]),
+        *(dict(gate=g, fixed=True, dtype="bf16", hopper=True, many=many) for g in ("none", "g") for many in (0, 1)),
     ]):  # fmt: skip
         for dtype in [options["dtype"]] if "dtype" in options else ["bf16", "tf32"]:
             case = base | options | dict(dtype=dtype, seed=i)
+            # two heads fill a GPU of one processor: they take the programs of many heads
+            launch._processors = (lambda index: 1) if case.get("many") else processors
             torch.manual_seed(0)
             ours(case, inputs(case))
             torch.cuda.synchronize()

@@ -1,0 +1,483 @@
+# ruff: noqa: RUF005 (Triton takes no [*x])
+"""`walk` of walk.py on Hopper for heads wider than 64, in Gluon: what Triton's own scheduling does not reach.
+
+Roles, letters and formulas as there; without the normaliser, dense sequences, bfloat16 and float16:
+
+    out = s ((a b^T * W) c + D * (a S))        S <- exp2(R_end) S + b^T (U * c)
+
+A program holds NC * 64 columns of the state of one segment, in NC warpgroups ("consumers"), each with S^T [64, BM] in
+float32 registers. Rounded, S^T is the left operand of out^T = S^T a^T straight from registers: the state never goes
+through shared memory. Another warpgroup ("scores") computes a b^T * W once for all consumers, a chunk ahead of them.
+
+Copies between memory and shared memory go by descriptors, issued by a warp of their own; but with BM = 256 and two
+consumers there are no registers for one more, and "scores" issues them.
+
+    C tokens of a chunk   BN columns of a consumer   SA, SB stages of a, and of b and c
+    barriers: _full that copies, or numbers, are there; _empty that they have been used
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .chunk import head_gate, owed
+
+CHUNK = 64
+C = gl.constexpr(CHUNK)
+BN = gl.constexpr(64)
+
+
+def described(x, view, columns):
+    """x as a descriptor of tiles of CHUNK tokens; view as in launch.py."""
+    shape, strides = view
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=len(shape))
+    return TensorDescriptor(x, shape, strides, [1, 1, CHUNK, columns], layout)
+
+
+@gluon.jit
+def piece(S, n: gl.constexpr, COUNT: gl.constexpr):
+    """Columns [n W, (n + 1) W) of S, W = its width / COUNT. Moves no data: a thread's columns are its registers."""
+    if COUNT == 1:
+        return S
+    else:
+        low, high = S.reshape([S.shape[0], 2, S.shape[1] // 2]).permute([0, 2, 1]).split()
+        if n < COUNT // 2:
+            return piece(low, n, COUNT // 2)
+        else:
+            return piece(high, n - COUNT // 2, COUNT // 2)
+
+
+@gluon.jit
+def places(m0: gl.constexpr, BM: gl.constexpr, M, N, s_m, s_n, column):
+    """Where columns [m0, m0 + BM) of S^T lie in a state [M, N] in memory, and what of them is inside."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    n = column + gl.arange(0, BN, layout=gl.SliceLayout(1, layout))
+    m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, layout))
+    return m[None, :] * s_m + n[:, None] * s_n, (m < M)[None, :] & (n < N)[:, None]
+
+
+@gluon.jit
+def read_state(p, m0: gl.constexpr, BM: gl.constexpr, M, N, s_m, s_n, column):
+    """By pieces of 32 columns: the addresses of a whole state would not fit into registers beside it."""
+    if BM == 32:
+        at, inside = places(m0, BM, M, N, s_m, s_n, column)
+        return gl.load(p + at, mask=inside, other=0.0).to(gl.float32)
+    else:
+        low = read_state(p, m0, BM // 2, M, N, s_m, s_n, column)
+        high = read_state(p, m0 + BM // 2, BM // 2, M, N, s_m, s_n, column)
+        return gl.join(low, high).permute([0, 2, 1]).reshape([BN, BM])
+
+
+@gluon.jit
+def write_state(p, S, m0: gl.constexpr, BM: gl.constexpr, M, N, column):
+    if BM == 32:
+        at, inside = places(m0, BM, M, N, N, 1, column)
+        gl.store(p + at, gl.convert_layout(S, at.type.layout, assert_trivial=True), mask=inside)
+    else:
+        low, high = S.reshape([BN, 2, BM // 2]).permute([0, 2, 1]).split()
+        write_state(p, low, m0, BM // 2, M, N, column)
+        write_state(p, high, m0 + BM // 2, BM // 2, M, N, column)
+
+
+@gluon.jit
+def place(step, t0, chunks, BACK: gl.constexpr):
+    """First token of a chunk; which one is walked at this step."""
+    if BACK:
+        return t0 + (chunks - 1 - step) * C
+    else:
+        return t0 + step * C
+
+
+@gluon.jit
+def consumer(
+    w: gl.constexpr, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s,
+    a_full, a_empty, b_full, b_empty, p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
+    BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, BACK: gl.constexpr,
+    HAS_S0: gl.constexpr, HAS_S1: gl.constexpr,
+):  # fmt: skip
+    """Walks with 64 columns of the state: number w of the program."""
+    # S of 256 columns is rounded by quarters: more at once do not fit into registers, fewer wait more often.
+    PIECES: gl.constexpr = 4 if BM == 256 else 1
+    W: gl.constexpr = BM // PIECES
+    DTYPE: gl.constexpr = c_s.dtype
+    acc_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    acc_y: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_y, k_width=2)
+    column += w * BN
+    if HAS_S0:
+        S = gl.convert_layout(read_state(S0, 0, BM, M, N, s_m, s_n, column), acc_s, assert_trivial=True) * in_scale
+    else:
+        S = gl.zeros([BN, BM], gl.float32, acc_s)
+    tile = out_s.index(w)
+    for step in range(chunks):
+        sa, sb, sp = step % SA, step % SB, step % 2
+        xa = a_s.index(sa).reshape([C, BM])
+        xb = b_s.index(sb).reshape([C, BM])
+        c_t = c_s.index(sb * NC + w).reshape([C, BN]).permute([1, 0])
+        mbarrier.wait(a_full.index(sa), (step // SA) & 1)
+        y = gl.zeros([BN, C], gl.float32, acc_y)
+        for n in gl.static_range(PIECES):
+            high = gl.convert_layout(piece(S, n, PIECES).to(DTYPE), left, assert_trivial=True)
+            y = warpgroup_mma(high, xa.slice(n * W, W, dim=1).permute([1, 0]), y, use_acc=n > 0, is_async=True)
+            if n < PIECES - 1:
+                y, S = warpgroup_mma_wait(0, deps=[y, S])
+        mbarrier.wait(p_full.index(sp), (step // 2) & 1)
+        mbarrier.wait(b_full.index(sb), (step // SB) & 1)
+        if GATE != 0 and BM < 256:
+            U = u_s.index(sp).load(gl.SliceLayout(0, left))
+            moved = (c_t.load(left).to(gl.float32) * U[None, :]).to(DTYPE)
+            D = d_s.index(sp).load(gl.SliceLayout(0, acc_y))
+            gain = gain_s.index(sp).load(gl.SliceLayout(1, acc_s))
+        if GATE != 0:
+            y, S = warpgroup_mma_wait(0, deps=[y, S])
+            if BM == 256:  # only now there are registers for D
+                D = d_s.index(sp).load(gl.SliceLayout(0, acc_y))
+                gain = gain_s.index(sp).load(gl.SliceLayout(1, acc_s))
+            mbarrier.arrive(a_empty.index(sa), count=1)
+            y = y * D[None, :]
+            S = S * gain[:, None]
+        y = warpgroup_mma(c_t, p_s.index(sp).permute([1, 0]), y, is_async=True)
+        if GATE != 0 and BM == 256:  # and for U and c, while that product runs
+            U = u_s.index(sp).load(gl.SliceLayout(0, left))
+            moved = (c_t.load(left).to(gl.float32) * U[None, :]).to(DTYPE)
+        if GATE == 0:
+            moved = c_t
+        S = warpgroup_mma(moved, xb, S, is_async=True)
+        y = warpgroup_mma_wait(1, deps=[y])
+        if GATE == 0:
+            mbarrier.arrive(a_empty.index(sa), count=1)
+        mbarrier.arrive(p_empty.index(sp), count=1)
+        tma.store_wait(0)
+        tile.reshape([C, BN]).permute([1, 0]).store((y * scale).to(out.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [batch, h, place(step, t0, chunks, BACK), column], tile)
+        S = warpgroup_mma_wait(0, deps=[S])
+        mbarrier.arrive(b_empty.index(sb), count=1)
+    tma.store_wait(0)
+    if HAS_S1:
+        # hides from the compiler that these are the addresses of S0: it would keep them all through the loop
+        M = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [M], dtype=gl.int32, is_pure=False, pack=1)
+        N = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [N], dtype=gl.int32, is_pure=False, pack=1)
+        write_state(S1, S * out_scale, 0, BM, M, N, column)
+
+
+@gluon.jit
+def copy_a(step, t, a, a_s, a_full, batch, ha, BM: gl.constexpr, SA: gl.constexpr):
+    bar = a_full.index(step % SA)
+    mbarrier.expect(bar, 2 * C * BM)
+    tma.async_copy_global_to_shared(a, [batch, ha, t, 0], bar, a_s.index(step % SA))
+
+
+@gluon.jit
+def copy_bc(
+    step, t, b, c, b_s, c_s, b_full, batch, ha, hc, column, BM: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr
+):  # fmt: skip
+    bar = b_full.index(step % SB)
+    mbarrier.expect(bar, 2 * C * (BM + NC * BN))
+    tma.async_copy_global_to_shared(b, [batch, ha, t, 0], bar, b_s.index(step % SB))
+    for w in gl.static_range(NC):
+        tma.async_copy_global_to_shared(c, [batch, hc, t, column + w * BN], bar, c_s.index(step % SB * NC + w))
+
+
+@gluon.jit
+def copies(
+    a, b, c, a_s, b_s, c_s, a_full, a_empty, b_full, b_empty, batch, ha, hc, t0, chunks, column,
+    BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, BACK: gl.constexpr,
+):  # fmt: skip
+    """The warp that copies."""
+    for step in range(chunks):
+        t = place(step, t0, chunks, BACK)
+        mbarrier.wait(a_empty.index(step % SA), ((step // SA) & 1) ^ 1)
+        copy_a(step, t, a, a_s, a_full, batch, ha, BM, SA)
+        mbarrier.wait(b_empty.index(step % SB), ((step // SB) & 1) ^ 1)
+        copy_bc(step, t, b, c, b_s, c_s, b_full, batch, ha, hc, column, BM, SB, NC)
+
+
+@gluon.jit
+def differences(x, layout: gl.constexpr):
+    """x_i - x_j"""
+    rows = gl.convert_layout(x, gl.SliceLayout(1, layout))
+    return rows[:, None] - gl.convert_layout(x, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def gates(G, first, t1, t, REVERSE: gl.constexpr):
+    """R of a chunk, of its first token in the operator's order, and of all of it. Past the end: as the last token."""
+    last = gl.minimum(t1 - first, C) - 1
+    R = gl.load(G + first + gl.minimum(t, last))
+    return R, gl.load(G + first + (last if REVERSE else 0)), gl.load(G + first + (0 if REVERSE else last))
+
+
+@gluon.jit
+def scores(
+    a, b, c, G, gamma, due, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
+    batch, ha, hc, t0, t1, chunks, column,
+    BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, MIRROR: gl.constexpr,
+    REVERSE: gl.constexpr, COPIES: gl.constexpr,
+):  # fmt: skip
+    """a b^T * W under the causal mask, D, U and the decay of every chunk. COPIES: and what `copies` does."""
+    BACK: gl.constexpr = REVERSE != MIRROR
+    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    flat: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # every warp holds all 64 numbers
+    i = gl.arange(0, C, layout=gl.SliceLayout(1, acc))
+    j = gl.arange(0, C, layout=gl.SliceLayout(0, acc))
+    t = gl.arange(0, C, layout=flat)
+    zero = gl.zeros([C, C], gl.float32, acc)
+    if COPIES:
+        for step in range(SA - 1):
+            if step < chunks:
+                copy_a(step, place(step, t0, chunks, BACK), a, a_s, a_full, batch, ha, BM, SA)
+        for step in range(SB - 1):
+            if step < chunks:
+                copy_bc(
+                    step, place(step, t0, chunks, BACK), b, c, b_s, c_s, b_full, batch, ha, hc, column, BM, SB, NC
+                )  # fmt: skip
+    if GATE == 1:  # those of the next chunk are read while this one is computed
+        next_R, next_head, next_end = gates(G, place(0, t0, chunks, BACK), t1, t, REVERSE)
+    for step in range(chunks):
+        sp = step % 2
+        if COPIES:
+            n = step + SA - 1
+            if n < chunks:
+                mbarrier.wait(a_empty.index(n % SA), ((n // SA) & 1) ^ 1)
+                copy_a(n, place(n, t0, chunks, BACK), a, a_s, a_full, batch, ha, BM, SA)
+            n = step + SB - 1
+            if n < chunks:
+                mbarrier.wait(b_empty.index(n % SB), ((n // SB) & 1) ^ 1)
+                copy_bc(n, place(n, t0, chunks, BACK), b, c, b_s, c_s, b_full, batch, ha, hc, column, BM, SB, NC)
+        count = gl.minimum(t1 - place(step, t0, chunks, BACK), C)
+        if GATE == 1:
+            R, head, end = next_R, next_head, next_end
+            n = gl.minimum(step + 1, chunks - 1)
+            next_R, next_head, next_end = gates(G, place(n, t0, chunks, BACK), t1, t, REVERSE)
+        elif GATE == 2:
+            R = gamma * (gl.maximum(count - t, 1) if REVERSE else gl.minimum(t + 1, count)).to(gl.float32)
+            head = gamma
+            end = gamma * count.to(gl.float32)
+        mbarrier.wait(a_full.index(step % SA), (step // SA) & 1)
+        mbarrier.wait(b_full.index(step % SB), (step // SB) & 1)
+        xa = a_s.index(step % SA).reshape([C, BM])
+        xb = b_s.index(step % SB).reshape([C, BM])
+        P = warpgroup_mma(xa, xb.permute([1, 0]), zero, use_acc=False, is_async=True)
+        P = warpgroup_mma_wait(0, deps=[P])
+        mbarrier.arrive(a_empty.index(step % SA), count=1)
+        mbarrier.arrive(b_empty.index(step % SB), count=1)
+        mbarrier.wait(p_empty.index(sp), ((step // 2) & 1) ^ 1)
+        if GATE == 1:
+            high = R.to(gl.float32)
+            e = differences(high, acc)
+            if R.dtype == gl.float64:  # see pair_decay of walk.py
+                e += differences((R - high).to(gl.float32), acc)
+            P = P * gl.exp2(-e if MIRROR else e)
+        elif GATE == 2:
+            P = P * gl.exp2(gamma * (j[None, :] - i[:, None] if BACK else i[:, None] - j[None, :]).to(gl.float32))
+        if GATE != 0:
+            if MIRROR:
+                D = gl.exp2((end - R).to(gl.float32) + due)
+                U = gl.exp2((R - head).to(gl.float32))
+                gain = gl.exp2((end - head).to(gl.float32) + due)
+                due = head.to(gl.float32)
+            else:
+                D = gl.exp2(R.to(gl.float32))
+                U = gl.exp2((end - R).to(gl.float32))
+                gain = gl.exp2(end.to(gl.float32))
+            d_s.index(sp).store(D)
+            u_s.index(sp).store(U)
+            gain_s.index(sp).store(gl.full([C], 1.0, gl.float32, flat) * gain)
+        keep = i[:, None] <= j[None, :] if BACK else i[:, None] >= j[None, :]
+        p_s.index(sp).store(gl.where(keep, P, 0.0).to(p_s.dtype))  # (off the mask P may be inf)
+        fence_async_shared()
+        mbarrier.arrive(p_full.index(sp), count=1)
+
+
+@gluon.jit
+def barriers(N: gl.constexpr, count: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
+
+
+@gluon.jit
+def shared(wide, narrow, out, BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr):
+    """Tiles and barriers of a program. wide, narrow and out: descriptors of tiles of BM columns, of BN, and of out."""
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], wide.dtype)
+    a_s = gl.allocate_shared_memory(wide.dtype, [SA] + wide.block_type.shape, wide.layout)
+    b_s = gl.allocate_shared_memory(wide.dtype, [SB] + wide.block_type.shape, wide.layout)
+    c_s = gl.allocate_shared_memory(narrow.dtype, [SB * NC] + narrow.block_type.shape, narrow.layout)
+    p_s = gl.allocate_shared_memory(wide.dtype, [2, C, C], square)
+    d_s = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    u_s = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    gain_s = gl.allocate_shared_memory(gl.float32, [2, C], line)
+    out_s = gl.allocate_shared_memory(out.dtype, [NC] + out.block_type.shape, out.layout)
+    a_full, a_empty = barriers(SA, 1), barriers(SA, NC + 1)
+    b_full, b_empty = barriers(SB, 1), barriers(SB, NC + 1)
+    p_full, p_empty = barriers(2, 1), barriers(2, NC)
+    fence_async_shared()
+    return a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty
+
+
+@gluon.jit
+def role(
+    a, b, c, out, G, gamma, S0, s_slot, s_h, s_m, s_n, S1, slot, h, column, T, HA, HC, HV, M, N, cuts, L,
+    scale, in_scale, out_scale,
+    a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
+    BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, MIRROR: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_S0: gl.constexpr, HAS_S1: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One role, for one slot and head and the columns from `column` on."""
+    BACK: gl.constexpr = REVERSE != MIRROR
+    batch = slot // cuts
+    t0 = slot % cuts * L
+    t1 = gl.minimum(t0 + L, T)
+    chunks = gl.cdiv(t1 - t0, C)
+    ha = h // (HV // HA)
+    hc = h // (HV // HC)
+    G += (batch * HV + h).to(gl.int64) * T
+    gamma2 = head_gate(gamma, h, GATE)
+    due = 0.0  # what a mirrored state owes where the slot ends
+    if MIRROR and GATE != 0:
+        own, due = owed(G, gamma2, t0, t1, 0, T, GATE, REVERSE)
+        out_scale *= gl.exp2(own)
+    S0 += slot.to(gl.int64) * s_slot + h.to(gl.int64) * s_h
+    S1 += (slot * HV + h).to(gl.int64) * M * N
+    # (arguments with a name of their own would turn constants into numbers of the run)
+    if NC == 2 and BM == 256:
+        gl.warp_specialize([
+            (scores, (
+                a, b, c, G, gamma2, due, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, a_full, a_empty, b_full, b_empty,
+                p_full, p_empty, batch, ha, hc, t0, t1, chunks, column,
+                BM, SA, SB, NC, GATE, MIRROR, REVERSE, True,
+            )),
+            (consumer, (
+                0, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
+                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
+                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
+            )),
+            (consumer, (
+                1, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
+                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
+                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
+            )),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+    elif NC == 2:
+        gl.warp_specialize([
+            (scores, (
+                a, b, c, G, gamma2, due, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, a_full, a_empty, b_full, b_empty,
+                p_full, p_empty, batch, ha, hc, t0, t1, chunks, column,
+                BM, SA, SB, NC, GATE, MIRROR, REVERSE, False,
+            )),
+            (consumer, (
+                0, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
+                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
+                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
+            )),
+            (consumer, (
+                1, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
+                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
+                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
+            )),
+            (copies, (
+                a, b, c, a_s, b_s, c_s, a_full, a_empty, b_full, b_empty, batch, ha, hc, t0, chunks, column,
+                BM, SA, SB, NC, BACK,
+            )),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (scores, (
+                a, b, c, G, gamma2, due, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, a_full, a_empty, b_full, b_empty,
+                p_full, p_empty, batch, ha, hc, t0, t1, chunks, column,
+                BM, SA, SB, NC, GATE, MIRROR, REVERSE, False,
+            )),
+            (consumer, (
+                0, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
+                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
+                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
+            )),
+            (copies, (
+                a, b, c, a_s, b_s, c_s, a_full, a_empty, b_full, b_empty, batch, ha, hc, t0, chunks, column,
+                BM, SA, SB, NC, BACK,
+            )),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["T", "cuts", "L", "in_scale", "out_scale"])
+def walk(
+    a, b,  # descriptors of [B, HA, T, M] in tiles [C, BM]
+    c,  # of [B, HC, T, N] in tiles [C, BN]
+    out,  # of [B, HV, T, N], likewise
+    G,  # [B * HV, T]
+    gamma,  # [HV]
+    S0,  # [slots, HV, M, N] states in which the slots start, times in_scale
+    s_slot, s_h, s_m, s_n,
+    S1,  # [slots, HV, M, N] out, contiguous: where they end, times out_scale
+    T, HA, HC, HV, M, N, cuts, L, scale, in_scale, out_scale,
+    BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, MIRROR: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_S0: gl.constexpr, HAS_S1: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Any one role. Dense sequences of `cuts` segments of L tokens each, as LAYOUT 0 of chunk.py."""
+    tiles = gl.cdiv(N, NC * BN)
+    pid = gl.program_id(0)
+    (a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty) = shared(
+        a, c, out, BM, SA, SB, NC
+    )  # fmt: skip
+    role(
+        a, b, c, out, G, gamma, S0, s_slot, s_h, s_m, s_n, S1, pid // tiles // HV, pid // tiles % HV,
+        pid % tiles * (NC * BN), T, HA, HC, HV, M, N, cuts, L, scale, in_scale, out_scale,
+        a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
+        BM, SA, SB, NC, GATE, MIRROR, REVERSE, HAS_S0, HAS_S1, REGISTERS,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["T", "cuts", "L", "d_scale"])
+def backward(
+    q, k, v, do,  # descriptors in tiles [C, BM]
+    q_n, k_n, do_n,  # in tiles [C, BN]
+    dq, dk, dv,  # out, in tiles [C, BN]
+    G, gamma,
+    S0, s_slot, s_h, s_k, s_v,  # [slots, HV, K, V] states in which the slots start
+    dS1, d_slot, d_h, d_k, d_v,  # [slots, HV, K, V] their gradients where the slots end, times d_scale
+    dS0,  # [slots, HV, K, V] out, contiguous
+    T, H, HV, K, V, cuts, L, scale, d_scale,
+    BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, REVERSE: gl.constexpr,
+    HAS_S0: gl.constexpr, HAS_DS1: gl.constexpr, HAS_DS0: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv side by side: what one of them has read, the others find in L2. For K and V up to BM."""
+    TK = gl.cdiv(K, NC * BN)
+    TV = gl.cdiv(V, NC * BN)
+    pid = gl.program_id(0)
+    tile = pid % (2 * TK + TV)
+    h = pid // (2 * TK + TV) % HV
+    slot = pid // (2 * TK + TV) // HV
+    (a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty) = shared(
+        q, q_n, dq, BM, SA, SB, NC
+    )  # fmt: skip
+    if tile < TK:
+        role(
+            do, v, k_n, dq, G, gamma, S0, s_slot, s_h, s_v, s_k, dS0, slot, h, tile * (NC * BN),
+            T, HV, H, HV, V, K, cuts, L, scale, 1.0, 1.0,
+            a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
+            BM, SA, SB, NC, GATE, False, REVERSE, HAS_S0, False, REGISTERS,
+        )  # fmt: skip
+    if tile >= TK and tile < 2 * TK:
+        role(
+            v, do, q_n, dk, G, gamma, dS1, d_slot, d_h, d_v, d_k, dS0, slot, h, (tile - TK) * (NC * BN),
+            T, HV, H, HV, V, K, cuts, L, scale, d_scale, 1.0,
+            a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
+            BM, SA, SB, NC, GATE, True, REVERSE, HAS_DS1, False, REGISTERS,
+        )  # fmt: skip
+    if tile >= 2 * TK:
+        role(
+            k, q, do_n, dv, G, gamma, dS1, d_slot, d_h, d_k, d_v, dS0, slot, h, (tile - 2 * TK) * (NC * BN),
+            T, H, HV, HV, K, V, cuts, L, scale, d_scale, scale,
+            a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
+            BM, SA, SB, NC, GATE, True, REVERSE, HAS_DS1, HAS_DS0, REGISTERS,
+        )  # fmt: skip
