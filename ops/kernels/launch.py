@@ -739,8 +739,7 @@ def backward(
             rho = torch.empty(3, TK, B * HV, T, dtype=torch.float32, device=device)
             across = torch.empty(slots, HV, TV, dtype=torch.float32, device=device)
         if plan.on_hopper:
-            args = q, k, v, do, dq, dk, dv, R, g_gamma, start, dend, dstart
-            _backward_on_hopper(plan, *args, scale, d_scale)
+            _backward_on_hopper(plan, q, k, v, do, dq, dk, dv, *gates, start, dend, dstart, scale, d_scale)
         else:
             S0, dS1 = _or(start, q), _or(dend, q)
             BK, BV, BN, tiles_of = plan.rows(K), plan.rows(V), plan.columns(max(K, V)), plan.described
