@@ -39,7 +39,7 @@ STRONGEST = {torch.float32: -128.0, torch.float64: -1000.0}
 # The vector library behind `exp` sets its accuracy up in its first call. If that call is a parallel one, another thread
 # may run before it is done: the first decays of a process then had errors of 1e-9 in float64, one process in ten.
 # So: one call first that is not parallel.
-torch.zeros(1, dtype=torch.float64).exp_()
+torch.zeros(1, dtype=torch.float64, device="cpu").exp_()
 
 
 class Decay:

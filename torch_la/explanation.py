@@ -260,7 +260,7 @@ class _Note:
         return launch
 
 
-TOKENS = ("q", "k", "v", "o", "do", "q_n", "k_n", "do_n", "a", "b", "c", "out", "dq", "dk", "dv")
+TOKENS = ("q", "k", "v", "o", "do", "q_n", "k_n", "do_n", "a", "b", "c")
 
 
 class _Watch(TorchDispatchMode):

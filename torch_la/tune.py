@@ -66,12 +66,8 @@ CANDIDATES["states"] = {
     "half": list(itertools.product((64,), (32, 64, 128), (4, 8), (1, 2, 3, 4))),
     "tf32": list(itertools.product((64,), (32, 64), (4, 8), (1, 2, 3))),
 }
-CANDIDATES["hopper"] = CANDIDATES["hopper_few"] = {
-    "half": [
-        *itertools.product((64,), (128,), (12,), (2,), (200, 208, 216)),
-        *itertools.product((64,), (64,), (8,), (2, 3), (216, 232)),
-    ],
-}
+CANDIDATES["hopper"] = {"half": list(itertools.product((64,), (128,), (12,), (2, 3), (176, 200, 208, 216)))}
+CANDIDATES["hopper_few"] = {"half": list(itertools.product((64,), (64,), (8,), (2, 3), (216, 232)))}
 CANDIDATES["tokens"] = {"any": list(itertools.product((1,), (16, 32, 64), (2, 4, 8), (1,)))}
 CANDIDATES["step"] = {"any": list(itertools.product((1,), (8, 16, 32, 64), (1, 2, 4), (1,)))}
 
@@ -86,10 +82,9 @@ class Case:
     cut: bool = False  # into segments
     reverse: bool = False
 
-    @property
-    def in_blocks(self) -> bool:
+    def in_blocks(self, width: int) -> bool:
         """The form of its backward."""
-        return self.gate != "none" and not self.fixed
+        return (self.gate != "none" and not self.fixed) or (self.normalize and width > 128)
 
     @property
     def cancels(self) -> bool:
@@ -117,8 +112,8 @@ CASES = (
 )
 
 
-def reading(kernel: str, name: str, names: Iterable[str]) -> list[Case]:
-    """The cases whose calls read the row `name`, if the table has the rows `names` for this kernel."""
+def reading(kernel: str, name: str, names: Iterable[str], width: int) -> list[Case]:
+    """The cases whose calls of this width read the row `name`, if the table has the rows `names` for this kernel."""
     from .ops.kernels import tiles
 
     kind = name.partition("+")[0]
@@ -129,10 +124,10 @@ def reading(kernel: str, name: str, names: Iterable[str]) -> list[Case]:
     if kernel in ("hopper", "hopper_few"):
         return [case for case in CASES if not case.normalize]
     if kernel == "states":
-        return [case for case in CASES if case.cut or case.in_blocks] if name in ("half", "tf32") else []
+        return [case for case in CASES if case.cut or case.in_blocks(width)] if name in ("half", "tf32") else []
 
     def asked(case: Case) -> str:
-        blocks = kernel == "backward" and case.in_blocks
+        blocks = kernel == "backward" and case.in_blocks(width)
         gate = {"none": 0, "gamma": 2}.get(case.gate, 1)
         return tiles.name(kind, blocks, "+copied" in name, case.normalize, gate)
 
@@ -301,7 +296,7 @@ def _timed(kernel: str, name: str, width: int, row: Row, seed: int) -> float:
     from .ops.kernels import tiles
 
     kind = _set(kernel, name, row, seed)
-    return _time(kernel, next(iter(LIMITS[kind])), width, reading(kernel, name, tiles.table()[kernel])[0])
+    return _time(kernel, next(iter(LIMITS[kind])), width, reading(kernel, name, tiles.table()[kernel], width)[0])
 
 
 def _checked(kernel: str, name: str, width: int, row: Row, seed: int) -> float:
@@ -309,7 +304,7 @@ def _checked(kernel: str, name: str, width: int, row: Row, seed: int) -> float:
     from .ops.kernels import tiles
 
     kind = _set(kernel, name, row, seed)
-    cases = reading(kernel, name, tiles.table()[kernel])
+    cases = reading(kernel, name, tiles.table()[kernel], width)
     worst = 0.0
     both = (
         {tiles.described, tiles.NEVER} if name.startswith("half+blocks") else {tiles.described}
@@ -386,7 +381,7 @@ def tune(kernels: list[str], names: list[str], widths: list[int], output: Path, 
     seed = torch.seed() % (1 << 31)
     worker, wrong = _Worker(), 0
     for kernel, name, width in rows:
-        if not candidates(kernel, name) or not reading(kernel, name, table[kernel]):
+        if not candidates(kernel, name) or not reading(kernel, name, table[kernel], width):
             why = "no call that reads it is known" if candidates(kernel, name) else "there are no candidates for it"
             print(f"{kernel} {name} {width}: {why}; the row stays")
             continue

@@ -4,10 +4,10 @@
     backward:  [gates] -> [the same two, for S and dS] -> pass (dq, dk, dv)
     backward in blocks:  [gates] -> [the same two] -> S and dS between blocks -> dq, dk, dv -> [dg]
 
-In blocks, dg needs no sum that leaves its block: that keeps it exact. The normaliser runs between S and dS. What stands
-in brackets runs only where needed. Everything is chosen from shapes, strides and the alignment of addresses, so CUDA
-graphs capture every call. What is chosen is remembered: a call like an earlier one only allocates, and hands over its
-arguments.
+In blocks, dg needs no sum that leaves its block: that keeps it exact. With the normaliser, its denominators (in a walk
+after z of every chunk) come between what S needs and what dS needs. What stands in brackets runs only where needed.
+Everything is chosen from shapes, strides and the alignment of addresses, so CUDA graphs capture every call. What is
+chosen is remembered: a call like an earlier one only allocates, and hands over its arguments.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ _step = step.step
 # The dialect that hopper.py is written in is experimental: only where it has been tried.
 _hopper_walk = _hopper_backward = None
 if triton.__version__.startswith("3.6.") and not triton.knobs.runtime.interpret:
-    from . import hopper
+    with contextlib.suppress(ImportError):
+        from . import hopper
 
-    _hopper_walk, _hopper_backward = hopper.walk, hopper.backward
+        _hopper_walk, _hopper_backward = hopper.walk, hopper.backward
 
 BLOCK = 64  # tokens of a block, token by token
 SHORTEST = 1024  # tokens of a segment: shorter ones move more bytes of states than of tokens
@@ -141,11 +142,15 @@ class _Plan:
     slots: int
     strides: tuple[tuple[int, ...], ...]  # of q, k, v and in the backward do, without the last
     views: tuple[_View, ...] | None  # q, k, v and do as descriptors show them, if the pass reads them by descriptors
-    on_hopper: bool  # the pass of hopper.py
+    hopper: str  # the pass is that of hopper.py: the row of the tile table that it takes, or ""
     code: tuple[Any, ...]  # the device, and what tells one kind of call from others whose kernels differ
     begun: bool = False
     block_slots: int = 0  # those of the blocks, where the backward works in blocks or needs denominators
     blocks: int = 0  # and those of a dense sequence
+
+    @property
+    def on_hopper(self) -> bool:
+        return bool(self.hopper)
 
     @functools.cached_property
     def cut(self) -> bool:
@@ -252,9 +257,11 @@ def _planned(
         and kernel not in tiles.override and max(K, V) > 64 and K % 8 == V % 8 == 0
         and not (in_blocks or normalize) and packed is None
     )  # fmt: skip
+    on = ""
     if on_hopper:
         few = B * HV * _ceil(V if kernel == "forward" else min(K, V), 128) < processors  # programs with two consumers
-        tile = tiles.tile("hopper_few" if few else "hopper", kind, K, V)
+        on = "hopper_few" if few else "hopper"
+        tile = tiles.tile(on, kind, K, V)
     else:
         row = tiles.name(kind, in_blocks, views is not None, normalize, gate)
         tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
@@ -292,9 +299,9 @@ def _planned(
         views = None  # one program does a whole block then: more of it goes through registers
     plan = _Plan(
         B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, in_blocks, dtype, precision, kind, tile,
-        layout, cuts, length, slots, tuple(x[2][:3] for x in read), views, on_hopper,
+        layout, cuts, length, slots, tuple(x[2][:3] for x in read), views, on,
         (
-            device, views is None, on_hopper, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V,
+            device, views is None, on, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V,
             layout, cuts > 1, *(x is None for x in inputs),
         ),
     )  # fmt: skip
@@ -427,7 +434,8 @@ class _Kept:
         if plan.in_blocks:
             self.states = torch.empty(2, count, plan.HV, plan.K, plan.V, dtype=dtype, device=q.device)
         if normalize:
-            self.z = torch.empty(2, count, plan.HV, plan.K, dtype=torch.float32, device=q.device)
+            # (a walk needs that of the states alone)
+            self.z = torch.empty(1 + plan.in_blocks, count, plan.HV, plan.K, dtype=torch.float32, device=q.device)
 
     def walk(
         self, start: Tensor | None, dend: Tensor | None, dstart: Tensor | None, d_scale: float,
@@ -475,8 +483,7 @@ def _forward_launch(plan: _Plan, has_s0: bool, has_s1: bool) -> Launch:
 
 def _hopper_options(plan: _Plan, M: int) -> dict[str, Any]:
     """M: rows of the state as the role holds it."""
-    few = plan.tile.block == 64
-    tile = tiles.tile("hopper_few" if few else "hopper", plan.kind, M, 128)
+    tile = tiles.tile(plan.hopper, plan.kind, M, 128)
     BM = max(128, _power(M))
     return {
         "BM": BM, "SA": min(tile.stages, 2) if BM == 256 else tile.stages, "SB": tile.stages, "NC": tile.block // 64,
@@ -492,8 +499,9 @@ def _contiguous_view(x: Tensor) -> _View:
 @_remembered
 def _role_launch(plan: _Plan, role: int, has_s0: bool, has_s1: bool) -> Launch:
     M, N = (plan.V, plan.K) if role in (1, 3) else (plan.K, plan.V)
-    programs = _ceil(N, plan.tile.block) * plan.HV * plan.slots
-    return Launch(programs, MIRROR=role >= 2, HAS_S0=has_s0, HAS_S1=has_s1, **_hopper_options(plan, M))
+    options = _hopper_options(plan, M)
+    programs = _ceil(N, 64 * options["NC"]) * plan.HV * plan.slots
+    return Launch(programs, MIRROR=role >= 2, HAS_S0=has_s0, HAS_S1=has_s1, **options)
 
 
 def _role_on_hopper(
@@ -503,6 +511,8 @@ def _role_on_hopper(
 ) -> None:  # fmt: skip
     """One role of walk.py by hopper.py. order: which of q, k, v and do a, b and c are."""
     assert plan.views is not None
+    if start is not None and max(start.stride()[2:]) >= 1 << 23:  # offsets inside a state have 32 bits
+        start = start.contiguous()
     launch = _role_launch(plan, role, start is not None, final is not None)
     views = (*(plan.views[i] for i in order), _contiguous_view(out))
     BM = launch.constants["BM"]
@@ -519,8 +529,9 @@ def _role_on_hopper(
 
 @_remembered
 def _roles_launch(plan: _Plan, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
-    programs = (2 * _ceil(plan.K, plan.tile.block) + _ceil(plan.V, plan.tile.block)) * plan.HV * plan.slots
     options = _hopper_options(plan, max(plan.K, plan.V))
+    block = 64 * options["NC"]
+    programs = (2 * _ceil(plan.K, block) + _ceil(plan.V, block)) * plan.HV * plan.slots
     return Launch(programs, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0, **options)
 
 

@@ -251,8 +251,8 @@ def cases(full: bool, first: int = 0) -> Iterator[dict]:
 
 def name(case: dict) -> str:
     flags = "".join(f" {k}" for k in ("normalize", "reverse", "state", "fixed", "cancels") if case.get(k))
-    if case.get("copied") and case["dtype"] in ("bf16", "fp16") and case["op"] != "recurrent" and not case.get("cu"):
-        flags += " copied" + " hopper" * bool(case.get("hopper"))
+    if case.get("copied") and case["dtype"] in ("bf16", "fp16") and case["op"] != "recurrent":
+        flags += " copied" + " hopper" * bool(case.get("hopper") and not case.get("cu"))
     more = "".join(f" {k}={case[k]}" for k in ("segment", "cu") if case.get(k) is not None)
     shape = f"B{case['B']} T{case['T']} H{case['H']} HV{case['HV']} K{case['K']} V{case['V']}"
     return f"{case['op']} {case['dtype']} {shape} {case['gate']}{flags}{more}"
