@@ -97,12 +97,13 @@ def place(step, t0, chunks, BACK: gl.constexpr):
 
 @gluon.jit
 def consumer(
-    w: gl.constexpr, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s,
-    a_full, a_empty, b_full, b_empty, p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
+    w: gl.constexpr, state, smem,
     BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, BACK: gl.constexpr,
     HAS_S0: gl.constexpr, HAS_S1: gl.constexpr,
 ):  # fmt: skip
     """Walks with 64 columns of the state: number w of the program."""
+    out, S0, s_m, s_n, S1, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale = state
+    a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty = smem
     # S of 256 columns is rounded by quarters: more at once do not fit into registers, fewer wait more often.
     PIECES: gl.constexpr = 4 if BM == 256 else 1
     W: gl.constexpr = BM // PIECES
@@ -188,10 +189,11 @@ def copy_bc(
 
 @gluon.jit
 def copies(
-    a, b, c, a_s, b_s, c_s, a_full, a_empty, b_full, b_empty, batch, ha, hc, t0, chunks, column,
-    BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, BACK: gl.constexpr,
+    read, smem, BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, BACK: gl.constexpr
 ):  # fmt: skip
     """The warp that copies."""
+    a, b, c, batch, ha, hc, t0, chunks, column = read
+    a_s, b_s, c_s, _, _, _, _, _, a_full, a_empty, b_full, b_empty, _, _ = smem
     for step in range(chunks):
         t = place(step, t0, chunks, BACK)
         mbarrier.wait(a_empty.index(step % SA), ((step // SA) & 1) ^ 1)
@@ -217,12 +219,14 @@ def gates(G, first, t1, t, REVERSE: gl.constexpr):
 
 @gluon.jit
 def scores(
-    a, b, c, G, gamma, due, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
-    batch, ha, hc, t0, t1, chunks, column,
+    read, pairs, smem,
     BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, MIRROR: gl.constexpr,
     REVERSE: gl.constexpr, COPIES: gl.constexpr,
 ):  # fmt: skip
     """a b^T * W under the causal mask, D, U and the decay of every chunk. COPIES: and what `copies` does."""
+    a, b, c, batch, ha, hc, t0, chunks, column = read
+    G, gamma, due, t1 = pairs
+    a_s, b_s, c_s, p_s, d_s, u_s, gain_s, _, a_full, a_empty, b_full, b_empty, p_full, p_empty = smem
     BACK: gl.constexpr = REVERSE != MIRROR
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     flat: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # every warp holds all 64 numbers
@@ -329,7 +333,7 @@ def shared(wide, narrow, out, BM: gl.constexpr, SA: gl.constexpr, SB: gl.constex
 def role(
     a, b, c, out, G, gamma, S0, s_slot, s_h, s_m, s_n, S1, slot, h, column, T, HA, HC, HV, M, N, cuts, L,
     scale, in_scale, out_scale,
-    a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
+    smem,
     BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, MIRROR: gl.constexpr,
     REVERSE: gl.constexpr, HAS_S0: gl.constexpr, HAS_S1: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -349,63 +353,28 @@ def role(
         out_scale *= gl.exp2(own)
     S0 += slot.to(gl.int64) * s_slot + h.to(gl.int64) * s_h
     S1 += (slot * HV + h).to(gl.int64) * M * N
-    # (arguments with a name of their own would turn constants into numbers of the run)
+    read = a, b, c, batch, ha, hc, t0, chunks, column
+    pairs = G, gamma2, due, t1
+    state = out, S0, s_m, s_n, S1, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale
+    # (constants in a tuple with a name would become numbers of the run)
     if NC == 2 and BM == 256:
         gl.warp_specialize([
-            (scores, (
-                a, b, c, G, gamma2, due, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, a_full, a_empty, b_full, b_empty,
-                p_full, p_empty, batch, ha, hc, t0, t1, chunks, column,
-                BM, SA, SB, NC, GATE, MIRROR, REVERSE, True,
-            )),
-            (consumer, (
-                0, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
-                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
-                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
-            )),
-            (consumer, (
-                1, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
-                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
-                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
-            )),
+            (scores, (read, pairs, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, True)),
+            (consumer, (0, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (consumer, (1, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     elif NC == 2:
         gl.warp_specialize([
-            (scores, (
-                a, b, c, G, gamma2, due, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, a_full, a_empty, b_full, b_empty,
-                p_full, p_empty, batch, ha, hc, t0, t1, chunks, column,
-                BM, SA, SB, NC, GATE, MIRROR, REVERSE, False,
-            )),
-            (consumer, (
-                0, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
-                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
-                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
-            )),
-            (consumer, (
-                1, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
-                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
-                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
-            )),
-            (copies, (
-                a, b, c, a_s, b_s, c_s, a_full, a_empty, b_full, b_empty, batch, ha, hc, t0, chunks, column,
-                BM, SA, SB, NC, BACK,
-            )),
+            (scores, (read, pairs, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
+            (consumer, (0, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (consumer, (1, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (copies, (read, smem, BM, SA, SB, NC, BACK)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (scores, (
-                a, b, c, G, gamma2, due, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, a_full, a_empty, b_full, b_empty,
-                p_full, p_empty, batch, ha, hc, t0, t1, chunks, column,
-                BM, SA, SB, NC, GATE, MIRROR, REVERSE, False,
-            )),
-            (consumer, (
-                0, out, S0, s_m, s_n, S1, a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty,
-                p_full, p_empty, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale,
-                BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1,
-            )),
-            (copies, (
-                a, b, c, a_s, b_s, c_s, a_full, a_empty, b_full, b_empty, batch, ha, hc, t0, chunks, column,
-                BM, SA, SB, NC, BACK,
-            )),
+            (scores, (read, pairs, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
+            (consumer, (0, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (copies, (read, smem, BM, SA, SB, NC, BACK)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
@@ -426,14 +395,11 @@ def walk(
     """Any one role. Dense sequences of `cuts` segments of L tokens each, as LAYOUT 0 of chunk.py."""
     tiles = gl.cdiv(N, NC * BN)
     pid = gl.program_id(0)
-    (a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty) = shared(
-        a, c, out, BM, SA, SB, NC
-    )  # fmt: skip
+    smem = shared(a, c, out, BM, SA, SB, NC)
     role(
         a, b, c, out, G, gamma, S0, s_slot, s_h, s_m, s_n, S1, pid // tiles // HV, pid // tiles % HV,
         pid % tiles * (NC * BN), T, HA, HC, HV, M, N, cuts, L, scale, in_scale, out_scale,
-        a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
-        BM, SA, SB, NC, GATE, MIRROR, REVERSE, HAS_S0, HAS_S1, REGISTERS,
+        smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, HAS_S0, HAS_S1, REGISTERS,
     )  # fmt: skip
 
 
@@ -457,27 +423,22 @@ def backward(
     tile = pid % (2 * TK + TV)
     h = pid // (2 * TK + TV) % HV
     slot = pid // (2 * TK + TV) // HV
-    (a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty) = shared(
-        q, q_n, dq, BM, SA, SB, NC
-    )  # fmt: skip
+    smem = shared(q, q_n, dq, BM, SA, SB, NC)
     if tile < TK:
         role(
             do, v, k_n, dq, G, gamma, S0, s_slot, s_h, s_v, s_k, dS0, slot, h, tile * (NC * BN),
             T, HV, H, HV, V, K, cuts, L, scale, 1.0, 1.0,
-            a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
-            BM, SA, SB, NC, GATE, False, REVERSE, HAS_S0, False, REGISTERS,
+            smem, BM, SA, SB, NC, GATE, False, REVERSE, HAS_S0, False, REGISTERS,
         )  # fmt: skip
     if tile >= TK and tile < 2 * TK:
         role(
             v, do, q_n, dk, G, gamma, dS1, d_slot, d_h, d_v, d_k, dS0, slot, h, (tile - TK) * (NC * BN),
             T, HV, H, HV, V, K, cuts, L, scale, d_scale, 1.0,
-            a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
-            BM, SA, SB, NC, GATE, True, REVERSE, HAS_DS1, False, REGISTERS,
+            smem, BM, SA, SB, NC, GATE, True, REVERSE, HAS_DS1, False, REGISTERS,
         )  # fmt: skip
     if tile >= 2 * TK:
         role(
             k, q, do_n, dv, G, gamma, dS1, d_slot, d_h, d_k, d_v, dS0, slot, h, (tile - 2 * TK) * (NC * BN),
             T, H, HV, HV, K, V, cuts, L, scale, d_scale, scale,
-            a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty,
-            BM, SA, SB, NC, GATE, True, REVERSE, HAS_DS1, HAS_DS0, REGISTERS,
+            smem, BM, SA, SB, NC, GATE, True, REVERSE, HAS_DS1, HAS_DS0, REGISTERS,
         )  # fmt: skip

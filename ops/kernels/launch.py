@@ -252,13 +252,12 @@ def _planned(
     if describable and large and known and op != "recurrent" and kind == "half":
         seen = [_view(x[1], x[2], packed is not None) for x in read]
         views = tuple(x for x in seen if x) if all(seen) else None
-    on_hopper = (
+    on = ""  # hopper.py
+    if (
         tiles.hopper and views is not None and describable == 9 and _hopper_walk is not None
         and kernel not in tiles.override and max(K, V) > 64 and K % 8 == V % 8 == 0
         and not (in_blocks or normalize) and packed is None
-    )  # fmt: skip
-    on = ""
-    if on_hopper:
+    ):  # fmt: skip
         few = B * HV * _ceil(V if kernel == "forward" else min(K, V), 128) < processors  # programs with two consumers
         on = "hopper_few" if few else "hopper"
         tile = tiles.tile(on, kind, K, V)
@@ -275,7 +274,7 @@ def _planned(
     programs = HV * _ceil(V, walks.block)
     if in_blocks:
         programs *= 1 if normalize else 2
-    elif kernel == "backward" and on_hopper and max(K, V) > 128:  # one launch for each role
+    elif kernel == "backward" and on and max(K, V) > 128:  # one launch for each role
         programs = min(programs, HV * _ceil(K, walks.block))
     elif kernel == "backward":
         programs += 2 * HV * _ceil(K, walks.block)
@@ -420,7 +419,10 @@ def _key_sums_launch(plan: _Plan, has_s0: bool) -> Launch:
 
 
 class _Kept:
-    """The states in which blocks start, and their gradients where blocks end, as `boundaries` leaves them."""
+    """The states in which blocks start, and their gradients where blocks end, as `boundaries` leaves them.
+
+    A walk keeps z alone, for the denominators: `key_sums`.
+    """
 
     def __init__(
         self, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, R: Tensor | None, gamma: Tensor | None,
@@ -491,11 +493,6 @@ def _hopper_options(plan: _Plan, M: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _contiguous_view(x: Tensor) -> _View:
-    B, T, H, width = x.shape
-    return [B, H, T, width], [T * H * width, width, H * width, 1]
-
-
 @_remembered
 def _role_launch(plan: _Plan, role: int, has_s0: bool, has_s1: bool) -> Launch:
     M, N = (plan.V, plan.K) if role in (1, 3) else (plan.K, plan.V)
@@ -514,7 +511,7 @@ def _role_on_hopper(
     if start is not None and max(start.stride()[2:]) >= 1 << 23:  # offsets inside a state have 32 bits
         start = start.contiguous()
     launch = _role_launch(plan, role, start is not None, final is not None)
-    views = (*(plan.views[i] for i in order), _contiguous_view(out))
+    views = (*(plan.views[i] for i in order), _view(out.shape, out.stride(), False))
     BM = launch.constants["BM"]
     S0 = _or(start, a)
     s_slot, s_h, s_k, s_v = S0.stride()
@@ -554,7 +551,7 @@ def _backward_on_hopper(
         _hopper_backward,
         *(hopper.described(x, view, 128) for x, view in zip(read, views, strict=True)),
         *(hopper.described(read[i], views[i], 64) for i in (0, 1, 3)),
-        *(hopper.described(x, _contiguous_view(x), 64) for x in (dq, dk, dv)),
+        *(hopper.described(x, _view(x.shape, x.stride(), False), 64) for x in (dq, dk, dv)),
         _or(R, q), _or(gamma, q), S0, *S0.stride(), dS1, *dS1.stride(), _or(dstart, q),
         plan.T, plan.H, plan.HV, plan.K, plan.V, plan.cuts, plan.length, scale, d_scale,
     )  # fmt: skip
@@ -696,7 +693,7 @@ def backward(
     inputs = q, k, v, g, g_gamma, cu_seqlens, initial_state, o, do, dfinal_state
     plan = _plan(op, "backward", normalize, reverse, in_blocks, *inputs)
     with _on(q), _begin(plan):
-        # (hopper.py writes the dtype that it reads: float32 tiles transposed on their way out came wrong)
+        # (hopper.py writes the dtype that it reads)
         dqk = torch.float32 if groups > 1 and not plan.on_hopper else q.dtype
         dq = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dk = torch.empty(B, T, HV, K, dtype=dqk, device=device)
