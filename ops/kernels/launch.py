@@ -247,8 +247,6 @@ def _planned(
     views: tuple[_View, ...] | None = None
     large = tiles.described <= B * T * HV * (K + V)
     known = in_blocks or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)
-    # (packed sequences of wide heads: not before the sanitizer has been through them)
-    known = known and (packed is None or max(K, V) <= 128)
     if describable and large and known and op != "recurrent" and kind == "half":
         seen = [_view(x[1], x[2], packed is not None) for x in read]
         views = tuple(x for x in seen if x) if all(seen) else None
@@ -473,8 +471,9 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 def _forward_launch(plan: _Plan, has_s0: bool, has_s1: bool) -> Launch:
     K, V, tile = plan.K, plan.V, plan.tile
     BN = plan.columns(V)
-    # columns under a mask take the pipeline more shared memory than a multiprocessor has
-    stages = 1 if K > 128 and V % BN else tile.stages
+    # Loads of columns under a mask take the pipeline more shared memory than a multiprocessor has. (Copied tiles have
+    # no mask, and must keep their stages: one stage of 32 copied columns reads illegal memory, docs/kernels.)
+    stages = 1 if K > 128 and V % BN and plan.views is None else tile.stages
     return Launch(
         _ceil(V, BN) * plan.HV * plan.slots,
         EPS=EPS, K=K, V=V, BK=plan.rows(K), BN=BN, C=tile.chunk, GATE=plan.gate, REVERSE=plan.reverse,

@@ -2,9 +2,10 @@
 
     compute-sanitizer --tool racecheck python tests/gpu/handover.py
 
-One partition writes shared memory and arrives at an mbarrier; the other waits at it and reads, and back again for the
-next round, as `scores` and `consumer` of hopper.py do. The result shows that the order is kept; what the tool reports
-all the same, it reports because it does not follow such barriers.
+One partition writes shared memory and arrives at mbarriers; two others wait there, read, and hand the place back, as
+`scores` and `consumer` of hopper.py do, and a lone warp waits along. The result shows that the order is kept. All the
+same racecheck reports two things: what several warps read, although mbarriers stand between (what one warp alone reads
+it does not report); and what `warp_specialize` itself passes to the partitions, between barriers of the whole program.
 """
 
 import torch
@@ -12,40 +13,58 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+N = gl.constexpr(128)
+SHARED = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # a number for each thread
+EVERY = gl.constexpr(gl.SliceLayout(0, gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])))  # all numbers for each warp
 
 
 @gluon.jit
 def give(box, full, empty, rounds):
-    i = gl.arange(0, 128, layout=LAYOUT)
+    i = gl.arange(0, N, layout=SHARED)
     for step in range(rounds):
-        mbarrier.wait(empty, (step & 1) ^ 1)
-        box.store(i + step)
-        mbarrier.arrive(full, count=1)
+        place = step % 2
+        mbarrier.wait(empty.index(place), ((step // 2) & 1) ^ 1)
+        box.index(place).store(i + step)
+        mbarrier.arrive(full.index(place), count=1)
 
 
 @gluon.jit
-def take(box, full, empty, out, rounds):
-    i = gl.arange(0, 128, layout=LAYOUT)
+def take(out, box, full, empty, rounds):
+    i = gl.arange(0, N, layout=EVERY)
     for step in range(rounds):
-        mbarrier.wait(full, step & 1)
-        gl.store(out + step * 128 + 127 - i, box.load(LAYOUT))
-        mbarrier.arrive(empty, count=1)
+        place = step % 2
+        mbarrier.wait(full.index(place), (step // 2) & 1)
+        gl.store(out + step * N + N - 1 - i, box.index(place).load(EVERY))
+        mbarrier.arrive(empty.index(place), count=1)
 
 
 @gluon.jit
-def two_partitions(out, rounds):
-    box = gl.allocate_shared_memory(gl.int32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(full, count=1)
-    mbarrier.init(empty, count=1)
-    gl.warp_specialize([(give, (box, full, empty, rounds)), (take, (box, full, empty, out, rounds))], [4], [64])
+def watch(full, rounds):
+    for step in range(rounds):
+        mbarrier.wait(full.index(step % 2), (step // 2) & 1)
+
+
+@gluon.jit
+def partitions(out, rounds):
+    box = gl.allocate_shared_memory(gl.int32, [2, N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(2):
+        mbarrier.init(full.index(place), count=1)
+        mbarrier.init(empty.index(place), count=2)
+    first = out + gl.program_id(0) * 2 * rounds * N
+    gl.warp_specialize([
+        (give, (box, full, empty, rounds)),
+        (take, (first, box, full, empty, rounds)),
+        (take, (first + rounds * N, box, full, empty, rounds)),
+        (watch, (full, rounds)),
+    ], [4, 4, 1], [64, 64, 24])  # fmt: skip
 
 
 if __name__ == "__main__":
-    x = torch.empty(50, 128, dtype=torch.int32, device="cuda")
-    two_partitions[(1,)](x, 50, num_warps=4)
+    x = torch.empty(16, 2, 50, 128, dtype=torch.int32, device="cuda")
+    for _ in range(3):
+        partitions[(16,)](x, 50, num_warps=4)
     i, step = torch.arange(128, device="cuda"), torch.arange(50, device="cuda")
-    assert torch.equal(x, (127 - i + step[:, None]).int())
+    assert torch.equal(x, (127 - i + step[:, None]).int().expand_as(x))
     print("sanitize 0 done")
