@@ -72,7 +72,12 @@ def _timing(record: dict) -> str:
 
 def _findings(record: dict) -> str:
     tools = ["memcheck", "initcheck", "racecheck"]
-    return _table(["width", *tools], [[str(r["width"]), *(str(r[t]) for t in tools)] for r in record["findings"]])
+    rows = []
+    for r in record["findings"]:
+        what = f"{r['width']}, {r['kernels']}" if "kernels" in r else str(r["width"] or "the control")
+        known = [f"{r[kind]} {kind}" for kind in ("passed", "handed") if kind in r]
+        rows.append([what, *(str(r[t]) for t in tools), ", ".join(known)])
+    return _table(["width", *tools, "set aside"], rows)
 
 
 def _layout(record: dict) -> str:
@@ -206,8 +211,8 @@ def _aims() -> dict[str, str]:
 
     def to_peer(name: str, mode: str, goal: float) -> str:
         ours = row(name, mode=mode)
-        for runs, note in ((rows, ""), (older, " (of two runs)")):
-            if rival := bench.best_peer(ours, runs):
+        for run, note in ((rows, ""), (older, " (of two runs)")):
+            if rival := bench.best_peer(ours, run):
                 x = ratio(rival, ours)
                 return f"{name} {judged(x, x >= goal)}{note}"
         return f"{name}: no peer"
@@ -226,8 +231,12 @@ def _aims() -> dict[str, str]:
         return " and ".join(costs)
 
     def packing(mode: str) -> str:
-        whole, gates = "B1_T65536_H16_D128", ("none", "g")
-        more = [ratio(row(f"{whole}_packed64", gate, mode), row(whole, gate, mode)) - 1 for gate in gates]
+        more = []
+        for gate in ("none", "g"):  # the last record that has both
+            whole, packed = "B1_T65536_H16_D128", "B1_T65536_H16_D128_packed64"
+            groups = {(whole, gate), (packed, gate)}
+            run = next(run for run in reversed(runs) if groups <= {bench.group(r) for r in run})
+            more.append(ratio(row(packed, gate, mode, run), row(whole, gate, mode, run)) - 1)
         return " and ".join(judged(x, x <= 0.15, "+.0%") for x in more)
 
     def memory(name: str) -> str:
@@ -253,7 +262,7 @@ def _aims() -> dict[str, str]:
     us = {way: host[way]["issued_us"] for way in ("forward", "both")}
     return {
         "forward_peer": ", ".join(to_peer(d, "forward", 1 if d == "D 64" else 2) for d in shapes),
-        "both_peer": to_peer("D 128", both, 2.2),
+        "both_peer": ", ".join([to_peer("D 128", both, 2.2), *(to_peer(d, both, 1.5) for d in ("D 64", "D 256"))]),
         "forward_floor": ", ".join(f"{d} {floor(row(d), 1.3)}" for d in ("D 128", "D 64")),
         "forward_elsewhere": ", ".join(f"{r['shape'].replace('_', ' ')} {floor(r, 1.9)}" for r in rows if plain(r)),
         "both_floor": floor(row("D 128", mode=both), 2),
@@ -297,8 +306,8 @@ def _models(where: str) -> dict:
 
 
 _gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer", "pytest")}
-_later = _record("gpu_cases_hopper")["cases"]
-_gpu["later"] = {"count": len(_later), "wrong": sum(not c["ok"] for c in _later)}
+_hopper = _record("gpu_cases_hopper")["cases"]
+_gpu["hopper"] = {"count": len(_hopper), "wrong": sum(not c["ok"] for c in _hopper)}
 _gpu["cases"] |= {"count": len(_gpu["cases"]["cases"]), "wrong": sum(not c["ok"] for c in _gpu["cases"]["cases"])}
 _gpu["pytest"] |= {
     "passed": sum(f["passed"] for f in _gpu["pytest"]["files"]),

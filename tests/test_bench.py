@@ -169,13 +169,18 @@ def test_the_best_peer() -> None:
 
 
 def test_records_merge_by_whole_groups() -> None:
-    old = record(row("chunk", 1.0), row("mamba2", 1.0), row("chunk", 1.0, "B"), missing={"mlstm": "no module"})
+    both = "forward+backward"
+    old = record(
+        row("chunk", 1.0), row("mamba2", 1.0), row("chunk", 1.0, mode=both), row("chunk", 1.0, "B"),
+        missing={"mlstm": "no module"},
+    )  # fmt: skip
     new = record(row("chunk", 2.0), row("chunk", 2.0, "C"))
     merged = bench.merge([old, new])
-    assert [(r["shape"], r["provider"], r["ms"]) for r in merged["rows"]] == [
-        ("A", "chunk", 2.0),  # without the peer of the old run: times of two runs are not compared
-        ("B", "chunk", 1.0),
-        ("C", "chunk", 2.0),
+    assert [(r["shape"], r["mode"], r["provider"], r["ms"]) for r in merged["rows"]] == [
+        ("A", "forward", "chunk", 2.0),  # without the peer of the old run: times of two runs are not compared
+        ("A", both, "chunk", 1.0),
+        ("B", "forward", "chunk", 1.0),
+        ("C", "forward", "chunk", 2.0),
     ]
     assert merged["missing"] == {"mlstm": "no module"}
     with pytest.raises(ValueError, match="CPU"):

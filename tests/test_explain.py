@@ -212,7 +212,7 @@ def test_for_a_gpu_that_is_not_here() -> None:
     told = torch_la.explain(*(meta(*shape) for _ in range(3)), g=meta(*shape[:3]))
     assert told.op == "la::chunk"
     assert told.path == f"cuda: Triton {doctor.installed('triton')}"
-    assert [launch.name for launch in told.forward.launches or ()] == ["gate_sums", "local_state", "scan", "forward"]
+    assert [launch.name for launch in told.forward.launches or ()] == ["gate_sums", "local_state", "scan", "walk"]
     assert told.forward.segments is not None
     assert told.forward.segments > 1
     assert any("132 multiprocessors" in note for note in told.notes)
@@ -270,6 +270,7 @@ def test_the_tiles_are_those_of_the_gpu_that_is_here(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     q = meta(1, 1 << 19, 1, 128)
     found = {}
+    monkeypatch.setattr(tiles, "hopper", False)
     for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
         launches = torch_la.explain(q, q, q).forward.launches or ()

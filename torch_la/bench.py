@@ -192,9 +192,9 @@ def group(row: Row) -> tuple[str, str]:
 
 
 def merge(records: list[Row]) -> Row:
-    """One record from several of one device. A shape and gate that several have comes from the last, as a whole.
+    """One record from several of one device. A shape, gate and mode that several have comes from the last, as a whole.
 
-    Rows are compared only with rows of the same run, so no group is ever put together from two.
+    Rows are compared only with rows of the same mode and run, so none of these groups is ever put together from two.
 
     Raises:
         ValueError: the records are of different devices or dtypes.
@@ -202,14 +202,16 @@ def merge(records: list[Row]) -> Row:
     kinds = sorted({f"{r['versions']['device']}, {r['versions']['dtype']}" for r in records})
     if len(kinds) != 1:
         raise ValueError(f"records of one device and dtype can be merged, got {kinds}")
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], dict[str | None, list[Row]]] = {}
     for record in records:
-        new: dict[tuple[str, str], list[Row]] = {}
+        new: dict[tuple[str, str], dict[str | None, list[Row]]] = {}
         for row in record["rows"]:
-            new.setdefault(group(row), []).append(row)
-        groups |= new
+            new.setdefault(group(row), {}).setdefault(row.get("mode"), []).append(row)
+        for name, modes in new.items():
+            groups[name] = groups.get(name, {}) | modes
     absent = {name: reason for r in records for name, reason in r["missing"].items()}
-    return {**records[-1], "missing": absent, "rows": [row for rows in groups.values() for row in rows]}
+    rows = [row for modes in groups.values() for rows in modes.values() for row in rows]
+    return {**records[-1], "missing": absent, "rows": rows}
 
 
 def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:

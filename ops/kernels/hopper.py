@@ -1,9 +1,14 @@
-# ruff: noqa: RUF005 (Triton takes no [*x])
+# ruff: noqa: RUF005, SIM102 (Triton takes no [*x]; it knows GATE when it compiles, `mild` only when it runs)
 """`walk` of walk.py on Hopper for heads wider than 64, in Gluon: what Triton's own scheduling does not reach.
 
 Roles, letters and formulas as there; without the normaliser, dense sequences, bfloat16 and float16:
 
-    out = s ((a b^T * W) c + D * (a S))        S <- exp2(R_end) S + b^T (U * c)
+    out = s ((a b^T * W) c + D * (a S))        S <- gain S + b^T (U * c)
+
+where gates are mild, in the factored form (see `walk_safely` there): W_ij = D_i E_j and U = gain E, so that no product
+waits for a factor of another:
+
+    out = s D * (tril(a b^T) (E * c) + a S)    S <- gain (S + b^T (E * c))
 
 A program holds NC * 64 columns of the state of one segment, in NC warpgroups ("consumers"), each with S^T [64, BM] in
 float32 registers. Rounded, S^T is the left operand of out^T = S^T a^T straight from registers: the state never goes
@@ -96,13 +101,19 @@ def place(step, t0, chunks, BACK: gl.constexpr):
 
 
 @gluon.jit
-def consumer(
-    w: gl.constexpr, state, smem,
+def weighed(c_t, weights, left: gl.constexpr):
+    """c^T * weights, through registers."""
+    return (c_t.load(left).to(gl.float32) * weights.load(gl.SliceLayout(0, left))[None, :]).to(c_t.dtype)
+
+
+@gluon.jit
+def steps(
+    w: gl.constexpr, S, state, smem,
     BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, BACK: gl.constexpr,
-    HAS_S0: gl.constexpr, HAS_S1: gl.constexpr,
+    FACTORED: gl.constexpr,
 ):  # fmt: skip
-    """Walks with 64 columns of the state: number w of the program."""
-    out, S0, s_m, s_n, S1, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale = state
+    """The walk of a consumer, from the state S to that which it returns."""
+    out, batch, h, t0, chunks, column, scale = state
     a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty = smem
     # S of 256 columns is rounded by quarters: more at once do not fit into registers, fewer wait more often.
     PIECES: gl.constexpr = 4 if BM == 256 else 1
@@ -111,17 +122,13 @@ def consumer(
     acc_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     acc_y: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_y, k_width=2)
-    column += w * BN
-    if HAS_S0:
-        S = gl.convert_layout(read_state(S0, 0, BM, M, N, s_m, s_n, column), acc_s, assert_trivial=True) * in_scale
-    else:
-        S = gl.zeros([BN, BM], gl.float32, acc_s)
     tile = out_s.index(w)
     for step in range(chunks):
         sa, sb, sp = step % SA, step % SB, step % 2
         xa = a_s.index(sa).reshape([C, BM])
         xb = b_s.index(sb).reshape([C, BM])
         c_t = c_s.index(sb * NC + w).reshape([C, BN]).permute([1, 0])
+        p = p_s.index(sp).permute([1, 0])
         mbarrier.wait(a_full.index(sa), (step // SA) & 1)
         y = gl.zeros([BN, C], gl.float32, acc_y)
         for n in gl.static_range(PIECES):
@@ -131,29 +138,36 @@ def consumer(
                 y, S = warpgroup_mma_wait(0, deps=[y, S])
         mbarrier.wait(p_full.index(sp), (step // 2) & 1)
         mbarrier.wait(b_full.index(sb), (step // SB) & 1)
-        if GATE != 0 and BM < 256:
-            U = u_s.index(sp).load(gl.SliceLayout(0, left))
-            moved = (c_t.load(left).to(gl.float32) * U[None, :]).to(DTYPE)
-            D = d_s.index(sp).load(gl.SliceLayout(0, acc_y))
-            gain = gain_s.index(sp).load(gl.SliceLayout(1, acc_s))
-        if GATE != 0:
-            y, S = warpgroup_mma_wait(0, deps=[y, S])
-            if BM == 256:  # only now there are registers for D
+        # (Beside an S of 256 columns registers are few: there, weights are read after the product before them.)
+        if GATE == 0:
+            y = warpgroup_mma(c_t, p, y, is_async=True)
+            S = warpgroup_mma(c_t, xb, S, is_async=True)
+        elif FACTORED:
+            if BM == 256:
+                y, S = warpgroup_mma_wait(0, deps=[y, S])
+            moved = weighed(c_t, u_s.index(sp), left)
+            y = warpgroup_mma(moved, p, y, is_async=True)
+            S = warpgroup_mma(moved, xb, S, is_async=True)
+        else:
+            if BM < 256:
+                moved = weighed(c_t, u_s.index(sp), left)
                 D = d_s.index(sp).load(gl.SliceLayout(0, acc_y))
                 gain = gain_s.index(sp).load(gl.SliceLayout(1, acc_s))
-            mbarrier.arrive(a_empty.index(sa), count=1)
+            y, S = warpgroup_mma_wait(0, deps=[y, S])
+            if BM == 256:
+                D = d_s.index(sp).load(gl.SliceLayout(0, acc_y))
+                gain = gain_s.index(sp).load(gl.SliceLayout(1, acc_s))
             y = y * D[None, :]
             S = S * gain[:, None]
-        y = warpgroup_mma(c_t, p_s.index(sp).permute([1, 0]), y, is_async=True)
-        if GATE != 0 and BM == 256:  # and for U and c, while that product runs
-            U = u_s.index(sp).load(gl.SliceLayout(0, left))
-            moved = (c_t.load(left).to(gl.float32) * U[None, :]).to(DTYPE)
-        if GATE == 0:
-            moved = c_t
-        S = warpgroup_mma(moved, xb, S, is_async=True)
+            y = warpgroup_mma(c_t, p, y, is_async=True)
+            if BM == 256:
+                moved = weighed(c_t, u_s.index(sp), left)
+            S = warpgroup_mma(moved, xb, S, is_async=True)
         y = warpgroup_mma_wait(1, deps=[y])
-        if GATE == 0:
-            mbarrier.arrive(a_empty.index(sa), count=1)
+        mbarrier.arrive(a_empty.index(sa), count=1)
+        if FACTORED:
+            y = y * d_s.index(sp).load(gl.SliceLayout(0, acc_y))[None, :]
+            gain = gain_s.index(sp).load(gl.SliceLayout(1, acc_s))
         mbarrier.arrive(p_empty.index(sp), count=1)
         tma.store_wait(0)
         tile.reshape([C, BN]).permute([1, 0]).store((y * scale).to(out.dtype))
@@ -161,6 +175,34 @@ def consumer(
         tma.async_copy_shared_to_global(out, [batch, h, place(step, t0, chunks, BACK), column], tile)
         S = warpgroup_mma_wait(0, deps=[S])
         mbarrier.arrive(b_empty.index(sb), count=1)
+        if FACTORED:
+            S = S * gain[:, None]
+    return S
+
+
+@gluon.jit
+def consumer(
+    w: gl.constexpr, state, ends, mild, smem,
+    BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, BACK: gl.constexpr,
+    HAS_S0: gl.constexpr, HAS_S1: gl.constexpr,
+):  # fmt: skip
+    """Walks with 64 columns of the state: number w of the program."""
+    out, batch, h, t0, chunks, column, scale = state
+    S0, s_m, s_n, S1, M, N, in_scale, out_scale = ends
+    acc_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    column += w * BN
+    if HAS_S0:
+        S = gl.convert_layout(read_state(S0, 0, BM, M, N, s_m, s_n, column), acc_s, assert_trivial=True) * in_scale
+    else:
+        S = gl.zeros([BN, BM], gl.float32, acc_s)
+    state = out, batch, h, t0, chunks, column, scale
+    if GATE != 0 and out.dtype == gl.bfloat16:
+        if mild != 0:
+            S = steps(w, S, state, smem, BM, SA, SB, NC, GATE, BACK, True)
+        else:
+            S = steps(w, S, state, smem, BM, SA, SB, NC, GATE, BACK, False)
+    else:
+        S = steps(w, S, state, smem, BM, SA, SB, NC, GATE, BACK, False)
     tma.store_wait(0)
     if HAS_S1:
         # hides from the compiler that these are the addresses of S0: it would keep them all through the loop
@@ -219,11 +261,11 @@ def gates(G, first, t1, t, REVERSE: gl.constexpr):
 
 @gluon.jit
 def scores(
-    read, pairs, smem,
+    read, pairs, mild, smem,
     BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, MIRROR: gl.constexpr,
     REVERSE: gl.constexpr, COPIES: gl.constexpr,
 ):  # fmt: skip
-    """a b^T * W under the causal mask, D, U and the decay of every chunk. COPIES: and what `copies` does."""
+    """a b^T * W under the causal mask, D, U and gain of every chunk. COPIES: and what `copies` does."""
     a, b, c, batch, ha, hc, t0, chunks, column = read
     G, gamma, due, t1 = pairs
     a_s, b_s, c_s, p_s, d_s, u_s, gain_s, _, a_full, a_empty, b_full, b_empty, p_full, p_empty = smem
@@ -275,22 +317,24 @@ def scores(
         mbarrier.arrive(b_empty.index(step % SB), count=1)
         mbarrier.wait(p_empty.index(sp), ((step // 2) & 1) ^ 1)
         if GATE == 1:
-            high = R.to(gl.float32)
-            e = differences(high, acc)
-            if R.dtype == gl.float64:  # see pair_decay of walk.py
-                e += differences((R - high).to(gl.float32), acc)
-            P = P * gl.exp2(-e if MIRROR else e)
+            if mild == 0:  # (the factored form has no weights of pairs)
+                high = R.to(gl.float32)
+                e = differences(high, acc)
+                if R.dtype == gl.float64:  # see pair_decay of walk.py
+                    e += differences((R - high).to(gl.float32), acc)
+                P = P * gl.exp2(-e if MIRROR else e)
         elif GATE == 2:
-            P = P * gl.exp2(gamma * (j[None, :] - i[:, None] if BACK else i[:, None] - j[None, :]).to(gl.float32))
+            if mild == 0:
+                P = P * gl.exp2(gamma * (j[None, :] - i[:, None] if BACK else i[:, None] - j[None, :]).to(gl.float32))
         if GATE != 0:
             if MIRROR:
                 D = gl.exp2((end - R).to(gl.float32) + due)
-                U = gl.exp2((R - head).to(gl.float32))
+                U = gl.exp2((R - end).to(gl.float32) - due if mild != 0 else (R - head).to(gl.float32))
                 gain = gl.exp2((end - head).to(gl.float32) + due)
                 due = head.to(gl.float32)
             else:
                 D = gl.exp2(R.to(gl.float32))
-                U = gl.exp2((end - R).to(gl.float32))
+                U = gl.exp2(-R.to(gl.float32) if mild != 0 else (end - R).to(gl.float32))
                 gain = gl.exp2(end.to(gl.float32))
             d_s.index(sp).store(D)
             u_s.index(sp).store(U)
@@ -299,6 +343,21 @@ def scores(
         p_s.index(sp).store(gl.where(keep, P, 0.0).to(p_s.dtype))  # (off the mask P may be inf)
         fence_async_shared()
         mbarrier.arrive(p_full.index(sp), count=1)
+
+
+@gluon.jit
+def are_mild(G, gamma, t0, t1, GATE: gl.constexpr, limit: gl.constexpr):
+    """Whether every |R| is below the limit: E may be exp2 of one of them or, for mirrored roles, of three."""
+    if GATE == 2:
+        most = gl.abs(gamma) * C
+    else:
+        flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        i = gl.arange(0, 4096, layout=flat)
+        found = gl.zeros([4096], gl.float32, flat)
+        for t in range(t0, t1, 4096):
+            found = gl.maximum(found, gl.abs(gl.load(G + t + i, mask=i < t1 - t, other=0.0).to(gl.float32)))
+        most = gl.max(found, 0)
+    return (most < limit).to(gl.int32)
 
 
 @gluon.jit
@@ -355,25 +414,30 @@ def role(
     S1 += (slot * HV + h).to(gl.int64) * M * N
     read = a, b, c, batch, ha, hc, t0, chunks, column
     pairs = G, gamma2, due, t1
-    state = out, S0, s_m, s_n, S1, batch, h, t0, chunks, column, M, N, scale, in_scale, out_scale
+    state = out, batch, h, t0, chunks, column, scale
+    ends = S0, s_m, s_n, S1, M, N, in_scale, out_scale
+    mild = 0  # (float16 has not the range for the factored form)
+    if GATE != 0 and out.dtype == gl.bfloat16:
+        mild = are_mild(G, gamma2, t0, t1, GATE, 40.0 if MIRROR else 80.0)
+        gl.thread_barrier()  # Triton puts what it passes to partitions where other warps may still read the maximum
     # (constants in a tuple with a name would become numbers of the run)
     if NC == 2 and BM == 256:
         gl.warp_specialize([
-            (scores, (read, pairs, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, True)),
-            (consumer, (0, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
-            (consumer, (1, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (scores, (read, pairs, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, True)),
+            (consumer, (0, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (consumer, (1, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     elif NC == 2:
         gl.warp_specialize([
-            (scores, (read, pairs, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
-            (consumer, (0, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
-            (consumer, (1, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (scores, (read, pairs, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
+            (consumer, (0, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (consumer, (1, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
             (copies, (read, smem, BM, SA, SB, NC, BACK)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (scores, (read, pairs, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
-            (consumer, (0, state, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (scores, (read, pairs, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
+            (consumer, (0, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
             (copies, (read, smem, BM, SA, SB, NC, BACK)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 

@@ -35,7 +35,7 @@ override: dict[str, Tile] = {}  # kernel -> tile
 segment: int | None = None  # the length of a segment
 described = 1 << 26  # B T HV (K + V) from which on calls read by descriptors: the host needs time to make them
 in_blocks = False  # a backward without gradients of gates works in blocks too
-hopper = False  # hopper.py where it can: not before the sanitizers have said all they can of it (docs/kernels)
+hopper = True  # hopper.py where it can
 
 NEVER = 1 << 62  # for `described`
 

@@ -71,7 +71,8 @@ def ordered(text: str, path: Path) -> dict[str, int]:
     lines = dict(enumerate(path.read_text().splitlines(), 1))
     call = next(n for n, line in lines.items() if "gl.warp_specialize(" in line)
     passed = {n for n, line in lines.items() if n >= call - 1 or line.startswith("def ")}
-    handed = {n for n, line in lines.items() if ".index(" in line and (".load(" in line or ".store(" in line)}
+    shared = re.compile(r"(?<!gl)\.(load|store)\(")
+    handed = {n for n, line in lines.items() if shared.search(line)}
     found: dict[str, int] = dict(passed=0, handed=0)
     for race in RACE.findall(text):
         places = PLACE.findall(race)
@@ -82,25 +83,23 @@ def ordered(text: str, path: Path) -> dict[str, int]:
     return found
 
 
-def sanitizer(out: Path, devices: int, widths: list[int]) -> dict[tuple[int, str], subprocess.Popen]:
+def parts(widths: list[int]) -> list[tuple[int, str]]:
+    """What the sanitizer runs over: at wide heads hopper.py by itself, because each takes minutes."""
+    return [(w, part) for w in sorted(widths, reverse=True) for part in ("", "hopper") if w > 100 or not part]
+
+
+def sanitizer(out: Path, devices: int, widths: list[int]) -> dict[tuple[int, str, str], subprocess.Popen]:
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer is not on the PATH")
     running = {}
-    for i, (width, tool) in enumerate((w, t) for w in sorted(widths, reverse=True) for t in TOOLS):
-        command = [
-            "compute-sanitizer",
-            "--tool",
-            tool,
-            sys.executable,
-            str(HERE / "suite.py"),
-            "--sanitize",
-            str(width),
-        ]
-        # with the caching allocator, reads past a tensor would land in a neighbour and go unnoticed
+    for i, (width, part, tool) in enumerate((*x, tool) for x in parts(widths) for tool in reversed(TOOLS)):
+        program = [str(HERE / "suite.py"), "--sanitize", str(width), *(["--hopper"] if part else [])]
         if width == 0:
-            command[-3:] = [str(HERE / "handover.py")]
-        log = out / f"sanitizer_{width}_{tool}.log"
-        running[width, tool] = start(command, log, i % devices, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            program = [str(HERE / "handover.py")]
+        log = out / f"sanitizer_{width}{part}_{tool}.log"
+        command = ["compute-sanitizer", "--tool", tool, sys.executable, *program]
+        # with the caching allocator, reads past a tensor would land in a neighbour and go unnoticed
+        running[width, part, tool] = start(command, log, i % devices, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return running
 
 
@@ -165,20 +164,20 @@ def main() -> None:
         control, blind = logs / "sanitizer_0_racecheck.log", dict(passed=0, handed=0)
         if control.exists():
             blind = ordered(control.read_text(errors="replace"), HERE / "handover.py")
-        for width in args.widths:
-            row: dict[str, Any] = dict(width=width)
+        for width, part in reversed(parts(args.widths)):
+            row: dict[str, Any] = dict(width=width) | (dict(kernels="hopper.py") if part else {})
             for tool in TOOLS:
-                text = (logs / f"sanitizer_{width}_{tool}.log").read_text(errors="replace")
+                text = (logs / f"sanitizer_{width}{part}_{tool}.log").read_text(errors="replace")
                 found = FINDINGS.findall(text)
                 # no summary, or a program that did not reach its end, is a finding too
                 row[tool] = int(found[-1]) if found and f"sanitize {width} done" in text else "did not finish"
-                if tool == "racecheck" and row[tool] != "did not finish":
+                if tool == "racecheck" and row[tool] != "did not finish" and (part or not width):
                     path = ROOT / "ops" / "kernels" / "hopper.py" if width else HERE / "handover.py"
                     row |= {k: n for k, n in ordered(text, path).items() if n and blind[k]}
                     row[tool] -= row.get("passed", 0) + row.get("handed", 0)
                 if row[tool] != 0:
                     bad += 1
-                    print(f"sanitizer {width} {tool}: {row[tool]}\n" + "\n".join(text.splitlines()[:25]))
+                    print(f"sanitizer {width} {part} {tool}: {row[tool]}\n" + "\n".join(text.splitlines()[:25]))
             rows.append(row)
         what = (
             "compute-sanitizer over tests/gpu/suite.py --sanitize WIDTH: every kernel once, bfloat16 and TF32. "
