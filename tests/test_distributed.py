@@ -5,6 +5,7 @@
 """
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def worker(rank: int, world: int, device: str, store: str, what: str) -> None:
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
     WORK[what](device, world)
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads outlive the group; Python would abort where one of them still frees a tensor
 
 
 RUNS = [("dtensor", 2), ("dtensor", 4), ("tensor_parallel", 2), ("fsdp", 2)]

@@ -346,8 +346,8 @@ def scores(
 
 
 @gluon.jit
-def are_mild(G, gamma, t0, t1, GATE: gl.constexpr, limit: gl.constexpr):
-    """Whether every |R| is below the limit: E may be exp2 of one of them or, for mirrored roles, of three."""
+def are_mild(G, gamma, due, t0, t1, GATE: gl.constexpr, MIRROR: gl.constexpr):
+    """Whether every E of the segment is far inside the range of float32: of -R, mirrored of R - R_end - due."""
     if GATE == 2:
         most = gl.abs(gamma) * C
     else:
@@ -357,7 +357,10 @@ def are_mild(G, gamma, t0, t1, GATE: gl.constexpr, limit: gl.constexpr):
         for t in range(t0, t1, 4096):
             found = gl.maximum(found, gl.abs(gl.load(G + t + i, mask=i < t1 - t, other=0.0).to(gl.float32)))
         most = gl.max(found, 0)
-    return (most < limit).to(gl.int32)
+    if MIRROR:
+        return ((most < 40.0) & (gl.abs(due) < 40.0)).to(gl.int32)
+    else:
+        return (most < 80.0).to(gl.int32)
 
 
 @gluon.jit
@@ -418,7 +421,7 @@ def role(
     ends = S0, s_m, s_n, S1, M, N, in_scale, out_scale
     mild = 0  # (float16 has not the range for the factored form)
     if GATE != 0 and out.dtype == gl.bfloat16:
-        mild = are_mild(G, gamma2, t0, t1, GATE, 40.0 if MIRROR else 80.0)
+        mild = are_mild(G, gamma2, due, t0, t1, GATE, MIRROR)
         gl.thread_barrier()  # Triton puts what it passes to partitions where other warps may still read the maximum
     # (constants in a tuple with a name would become numbers of the run)
     if NC == 2 and BM == 256:

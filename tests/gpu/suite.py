@@ -73,6 +73,8 @@ def inputs(case: dict) -> dict:
         elif case["gate"] == "rare":
             u = torch.rand_like(g)
             g = torch.where(u < 0.01, -20.0, torch.where(u < 0.015, -torch.inf, g))
+        elif case["gate"] == "edge":  # mild gates of whole segments of 192 tokens next to a reset
+            g[:, 191 if case["reverse"] else 192 :: 384] = -1e4
         elif case["gate"] == "half":
             g = g.to(dtype)
     S0 = dS1 = None
@@ -191,6 +193,8 @@ OPTIONS = [
     dict(gate="gamma", state=False, fixed=True, B=1, H=136, HV=136, T=300, reverse=True),
     dict(gate="mixed", state=True, fixed=True, B=1, H=136, HV=136, T=300),
     dict(gate="reset", state=True, fixed=True, segment=192, H=2, HV=4),
+    dict(gate="edge", state=True, fixed=True, segment=192),
+    dict(gate="edge", state=True, fixed=True, segment=192, reverse=True),
     # Behind a strong decay o is v, whatever q is: dq and most of dk are differences of equal terms. With -20 at every
     # token e^-20 of the terms is left, which rounding hides in every dtype: relative errors of that would say nothing.
     dict(gate="mixed", normalize=True, state=True, cancels=True),
