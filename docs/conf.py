@@ -234,8 +234,8 @@ def _aims() -> dict[str, str]:
         more = []
         for gate in ("none", "g"):  # the last record that has both
             whole, packed = "B1_T65536_H16_D128", "B1_T65536_H16_D128_packed64"
-            groups = {(whole, gate), (packed, gate)}
-            run = next(run for run in reversed(runs) if groups <= {bench.group(r) for r in run})
+            groups = {(whole, gate, mode), (packed, gate, mode)}
+            run = next(run for run in reversed(runs) if groups <= {(*bench.group(r), r.get("mode")) for r in run})
             more.append(ratio(row(packed, gate, mode, run), row(whole, gate, mode, run)) - 1)
         return " and ".join(judged(x, x <= 0.15, "+.0%") for x in more)
 

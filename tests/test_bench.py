@@ -170,8 +170,9 @@ def test_the_best_peer() -> None:
 
 def test_records_merge_by_whole_groups() -> None:
     both = "forward+backward"
+    refused = {"shape": "A", "gate": "none", "provider": "mlstm", "ours": False, "error": "not here"}
     old = record(
-        row("chunk", 1.0), row("mamba2", 1.0), row("chunk", 1.0, mode=both), row("chunk", 1.0, "B"),
+        refused, row("chunk", 1.0), row("mamba2", 1.0), row("chunk", 1.0, mode=both), row("chunk", 1.0, "B"),
         missing={"mlstm": "no module"},
     )  # fmt: skip
     new = record(row("chunk", 2.0), row("chunk", 2.0, "C"))

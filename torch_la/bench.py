@@ -208,7 +208,9 @@ def merge(records: list[Row]) -> Row:
         for row in record["rows"]:
             new.setdefault(group(row), {}).setdefault(row.get("mode"), []).append(row)
         for name, modes in new.items():
-            groups[name] = groups.get(name, {}) | modes
+            known = groups.setdefault(name, {})
+            known.pop(None, None)  # what could not be measured then has no mode
+            known |= modes
     absent = {name: reason for r in records for name, reason in r["missing"].items()}
     rows = [row for modes in groups.values() for rows in modes.values() for row in rows]
     return {**records[-1], "missing": absent, "rows": rows}

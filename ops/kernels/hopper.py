@@ -108,12 +108,12 @@ def weighed(c_t, weights, left: gl.constexpr):
 
 @gluon.jit
 def steps(
-    w: gl.constexpr, S, state, smem,
+    w: gl.constexpr, S, written, smem,
     BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, BACK: gl.constexpr,
     FACTORED: gl.constexpr,
 ):  # fmt: skip
     """The walk of a consumer, from the state S to that which it returns."""
-    out, batch, h, t0, chunks, column, scale = state
+    out, batch, h, t0, chunks, column, scale = written
     a_s, b_s, c_s, p_s, d_s, u_s, gain_s, out_s, a_full, a_empty, b_full, b_empty, p_full, p_empty = smem
     # S of 256 columns is rounded by quarters: more at once do not fit into registers, fewer wait more often.
     PIECES: gl.constexpr = 4 if BM == 256 else 1
@@ -132,8 +132,8 @@ def steps(
         mbarrier.wait(a_full.index(sa), (step // SA) & 1)
         y = gl.zeros([BN, C], gl.float32, acc_y)
         for n in gl.static_range(PIECES):
-            high = gl.convert_layout(piece(S, n, PIECES).to(DTYPE), left, assert_trivial=True)
-            y = warpgroup_mma(high, xa.slice(n * W, W, dim=1).permute([1, 0]), y, use_acc=n > 0, is_async=True)
+            rounded = gl.convert_layout(piece(S, n, PIECES).to(DTYPE), left, assert_trivial=True)
+            y = warpgroup_mma(rounded, xa.slice(n * W, W, dim=1).permute([1, 0]), y, use_acc=n > 0, is_async=True)
             if n < PIECES - 1:
                 y, S = warpgroup_mma_wait(0, deps=[y, S])
         mbarrier.wait(p_full.index(sp), (step // 2) & 1)
@@ -182,12 +182,12 @@ def steps(
 
 @gluon.jit
 def consumer(
-    w: gl.constexpr, state, ends, mild, smem,
+    w: gl.constexpr, written, ends, mild, smem,
     BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, BACK: gl.constexpr,
     HAS_S0: gl.constexpr, HAS_S1: gl.constexpr,
 ):  # fmt: skip
     """Walks with 64 columns of the state: number w of the program."""
-    out, batch, h, t0, chunks, column, scale = state
+    out, batch, h, t0, chunks, column, scale = written
     S0, s_m, s_n, S1, M, N, in_scale, out_scale = ends
     acc_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     column += w * BN
@@ -195,14 +195,14 @@ def consumer(
         S = gl.convert_layout(read_state(S0, 0, BM, M, N, s_m, s_n, column), acc_s, assert_trivial=True) * in_scale
     else:
         S = gl.zeros([BN, BM], gl.float32, acc_s)
-    state = out, batch, h, t0, chunks, column, scale
+    written = out, batch, h, t0, chunks, column, scale
     if GATE != 0 and out.dtype == gl.bfloat16:
         if mild != 0:
-            S = steps(w, S, state, smem, BM, SA, SB, NC, GATE, BACK, True)
+            S = steps(w, S, written, smem, BM, SA, SB, NC, GATE, BACK, True)
         else:
-            S = steps(w, S, state, smem, BM, SA, SB, NC, GATE, BACK, False)
+            S = steps(w, S, written, smem, BM, SA, SB, NC, GATE, BACK, False)
     else:
-        S = steps(w, S, state, smem, BM, SA, SB, NC, GATE, BACK, False)
+        S = steps(w, S, written, smem, BM, SA, SB, NC, GATE, BACK, False)
     tma.store_wait(0)
     if HAS_S1:
         # hides from the compiler that these are the addresses of S0: it would keep them all through the loop
@@ -261,13 +261,13 @@ def gates(G, first, t1, t, REVERSE: gl.constexpr):
 
 @gluon.jit
 def scores(
-    read, pairs, mild, smem,
+    read, decay, mild, smem,
     BM: gl.constexpr, SA: gl.constexpr, SB: gl.constexpr, NC: gl.constexpr, GATE: gl.constexpr, MIRROR: gl.constexpr,
     REVERSE: gl.constexpr, COPIES: gl.constexpr,
 ):  # fmt: skip
-    """a b^T * W under the causal mask, D, U and gain of every chunk. COPIES: and what `copies` does."""
+    """a b^T * W under the causal mask, D, U (mild: E) and gain of every chunk. COPIES: and what `copies` does."""
     a, b, c, batch, ha, hc, t0, chunks, column = read
-    G, gamma, due, t1 = pairs
+    G, gamma, due, t1 = decay
     a_s, b_s, c_s, p_s, d_s, u_s, gain_s, _, a_full, a_empty, b_full, b_empty, p_full, p_empty = smem
     BACK: gl.constexpr = REVERSE != MIRROR
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
@@ -347,7 +347,7 @@ def scores(
 
 @gluon.jit
 def are_mild(G, gamma, due, t0, t1, GATE: gl.constexpr, MIRROR: gl.constexpr):
-    """Whether every E of the segment is far inside the range of float32: of -R, mirrored of R - R_end - due."""
+    """Whether every E of the segment is below exp2(80): it is that of -R, or mirrored of R - R_end - due."""
     if GATE == 2:
         most = gl.abs(gamma) * C
     else:
@@ -358,7 +358,7 @@ def are_mild(G, gamma, due, t0, t1, GATE: gl.constexpr, MIRROR: gl.constexpr):
             found = gl.maximum(found, gl.abs(gl.load(G + t + i, mask=i < t1 - t, other=0.0).to(gl.float32)))
         most = gl.max(found, 0)
     if MIRROR:
-        return ((most < 40.0) & (gl.abs(due) < 40.0)).to(gl.int32)
+        return ((most < 26.0) & (gl.abs(due) < 26.0)).to(gl.int32)
     else:
         return (most < 80.0).to(gl.int32)
 
@@ -416,8 +416,8 @@ def role(
     S0 += slot.to(gl.int64) * s_slot + h.to(gl.int64) * s_h
     S1 += (slot * HV + h).to(gl.int64) * M * N
     read = a, b, c, batch, ha, hc, t0, chunks, column
-    pairs = G, gamma2, due, t1
-    state = out, batch, h, t0, chunks, column, scale
+    decay = G, gamma2, due, t1
+    written = out, batch, h, t0, chunks, column, scale
     ends = S0, s_m, s_n, S1, M, N, in_scale, out_scale
     mild = 0  # (float16 has not the range for the factored form)
     if GATE != 0 and out.dtype == gl.bfloat16:
@@ -426,21 +426,21 @@ def role(
     # (constants in a tuple with a name would become numbers of the run)
     if NC == 2 and BM == 256:
         gl.warp_specialize([
-            (scores, (read, pairs, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, True)),
-            (consumer, (0, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
-            (consumer, (1, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (scores, (read, decay, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, True)),
+            (consumer, (0, written, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (consumer, (1, written, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     elif NC == 2:
         gl.warp_specialize([
-            (scores, (read, pairs, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
-            (consumer, (0, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
-            (consumer, (1, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (scores, (read, decay, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
+            (consumer, (0, written, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (consumer, (1, written, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
             (copies, (read, smem, BM, SA, SB, NC, BACK)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (scores, (read, pairs, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
-            (consumer, (0, state, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
+            (scores, (read, decay, mild, smem, BM, SA, SB, NC, GATE, MIRROR, REVERSE, False)),
+            (consumer, (0, written, ends, mild, smem, BM, SA, SB, NC, GATE, BACK, HAS_S0, HAS_S1)),
             (copies, (read, smem, BM, SA, SB, NC, BACK)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 

@@ -500,6 +500,11 @@ def _role_launch(plan: _Plan, role: int, has_s0: bool, has_s1: bool) -> Launch:
     return Launch(programs, MIRROR=role >= 2, HAS_S0=has_s0, HAS_S1=has_s1, **options)
 
 
+def _near(state: Tensor | None) -> Tensor | None:
+    """A state as hopper.py reads it: offsets inside one have 32 bits."""
+    return state.contiguous() if state is not None and max(state.stride()[2:]) >= 1 << 22 else state
+
+
 def _role_on_hopper(
     plan: _Plan, role: int, a: Tensor, b: Tensor, c: Tensor, order: tuple[int, int, int], out: Tensor,
     R: Tensor | None, gamma: Tensor | None, start: Tensor | None, final: Tensor | None,
@@ -507,8 +512,7 @@ def _role_on_hopper(
 ) -> None:  # fmt: skip
     """One role of walk.py by hopper.py. order: which of q, k, v and do a, b and c are."""
     assert plan.views is not None
-    if start is not None and max(start.stride()[2:]) >= 1 << 23:  # offsets inside a state have 32 bits
-        start = start.contiguous()
+    start = _near(start)
     launch = _role_launch(plan, role, start is not None, final is not None)
     views = (*(plan.views[i] for i in order), _view(out.shape, out.stride(), False))
     BM = launch.constants["BM"]
@@ -544,6 +548,7 @@ def _backward_on_hopper(
         _role_on_hopper(plan, 2, k, q, do, (1, 0, 3), dv, *gates, dend, dstart, scale, d_scale, scale)
         return
     assert plan.views is not None
+    start, dend = _near(start), _near(dend)
     read, views, S0, dS1 = (q, k, v, do), plan.views, _or(start, q), _or(dend, q)
     launch = _roles_launch(plan, start is not None, dend is not None, dstart is not None)
     launch(
@@ -692,7 +697,7 @@ def backward(
     inputs = q, k, v, g, g_gamma, cu_seqlens, initial_state, o, do, dfinal_state
     plan = _plan(op, "backward", normalize, reverse, in_blocks, *inputs)
     with _on(q), _begin(plan):
-        # (hopper.py writes the dtype that it reads)
+        # Float32 where groups are summed; but hopper.py writes the dtype that it reads.
         dqk = torch.float32 if groups > 1 and not plan.on_hopper else q.dtype
         dq = torch.empty(B, T, HV, K, dtype=dqk, device=device)
         dk = torch.empty(B, T, HV, K, dtype=dqk, device=device)

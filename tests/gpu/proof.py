@@ -66,13 +66,13 @@ def ordered(text: str, path: Path) -> dict[str, int]:
     """Reports of racecheck on partitions of a program, of accesses that barriers order which the tool does not follow.
 
     "passed": what `warp_specialize` itself passes to them; such a report names lines of `def`, of the specialisation
-    and of its callers alone. "handed": loads and stores of shared memory on both sides of an mbarrier.
+    and of its callers alone. "handed": factors (in the control: box) stored before an mbarrier and loaded behind it.
     """
     lines = dict(enumerate(path.read_text().splitlines(), 1))
     call = next(n for n, line in lines.items() if "gl.warp_specialize(" in line)
     passed = {n for n, line in lines.items() if n >= call - 1 or line.startswith("def ")}
-    shared = re.compile(r"(?<!gl)\.(load|store)\(")
-    handed = {n for n, line in lines.items() if shared.search(line)}
+    factors = re.compile(r"\b(((d|u|gain)_s|box)\.index\(\w+\)|weights)\.(load|store)\(")
+    handed = {n for n, line in lines.items() if factors.search(line)}
     found: dict[str, int] = dict(passed=0, handed=0)
     for race in RACE.findall(text):
         places = PLACE.findall(race)

@@ -511,7 +511,9 @@ def sanitize(width: int, on_hopper: bool) -> None:
         op="chunk", B=1, T=100, H=1, HV=2, K=width, V=width, normalize=False, reverse=False, state=True, scale=0.2
     )
     # (no grouped heads there: initcheck does not see what the hardware's copies write, and sums over groups read that)
-    gates = [dict(H=2, fixed=True, dtype="bf16", hopper=True, gate=gate) for gate in ("none", "g", "strong")]
+    wide = dict(H=2, T=470, fixed=True, dtype="bf16", hopper=True)  # eight chunks: every place is used again
+    gates = [wide | dict(gate=gate) for gate in ("none", "g", "strong")]
+    gates += [wide | dict(gate="gamma", reverse=True, segment=192), wide | dict(gate="strong", dtype="fp16")]
     for i, options in enumerate([*gates, *(dict(many=1, **x) for x in gates)] if on_hopper else [
         dict(gate="g", normalize=True, segment=64), dict(gate="gamma", cu=[0, 0, 70, 90], segment=64),
         dict(gate="none"), dict(gate="g"), dict(gate="g", op="recurrent", T=70, normalize=True, segment=64),
