@@ -330,6 +330,14 @@ def test_each_device_has_launches_of_its_own(way: str, monkeypatch: pytest.Monke
     assert not met[0] & met[1]
 
 
+def test_far_states_are_copied_for_32_bit_offsets() -> None:
+    for inner in ((1, 1 << 22), (1 << 22, 1)):
+        assert launch._near(torch.empty_strided((2, 3, 256, 256), (1, 1, *inner), device="meta")).is_contiguous()
+    near = torch.empty_strided((2, 3, 256, 256), (1 << 40, 1 << 40, (1 << 22) - 1, 1), device="meta")
+    assert launch._near(near) is near
+    assert launch._near(None) is None
+
+
 def test_what_is_read_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "described", 2 * 1024 * 3 * 256)
 

@@ -21,6 +21,8 @@ consumers there are no registers for one more, and "scores" issues them.
     barriers: _full that copies, or numbers, are there; _empty that they have been used
 """
 
+import functools
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,11 +41,15 @@ C = gl.constexpr(CHUNK)
 BN = gl.constexpr(64)
 
 
+@functools.cache
+def _swizzled(bits):
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4)
+
+
 def described(x, view, columns):
     """x as a descriptor of tiles of CHUNK tokens; view as in launch.py."""
     shape, strides = view
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=len(shape))
-    return TensorDescriptor(x, shape, strides, [1, 1, CHUNK, columns], layout)
+    return TensorDescriptor(x, shape, strides, [1, 1, CHUNK, columns], _swizzled(8 * x.element_size()))
 
 
 @gluon.jit

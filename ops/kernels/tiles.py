@@ -7,6 +7,8 @@ normaliser; "+gates": with gates of any kind, "+gamma": with those of g_gamma) a
 for. What has no row of its own takes the one that is named with less. A chunk of 1 means token by token, in exact
 float32, without matrix units. The chunk of "states" is that of the kernel they serve: the row says for which its
 stages are meant. A backward in blocks whose block holds all columns of K and of V takes one program for dq, dk and dv.
+"hopper" and "hopper_few" are for hopper.py, the second where programs would not fill the GPU; their registers are those
+of a consumer's threads.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def table() -> dict[str, dict[str, dict[str, list[int]]]]:
 
 
 def tile(kernel: str, precision: str, K: int, V: int) -> Tile:
-    """The row for `kernel` in {"forward", "backward", "states", "tokens", "step"}."""
+    """The row for `kernel` in {"forward", "backward", "states", "tokens", "step", "hopper", "hopper_few"}."""
     return override.get(kernel) or _tile(kernel, precision, max(K, V))
 
 
