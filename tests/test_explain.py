@@ -284,6 +284,11 @@ def test_the_tiles_are_those_of_the_gpu_that_is_here(monkeypatch: pytest.MonkeyP
     assert [it.name for it in launches.values()] == ["walk", "forward"]
     assert (launches[9, 0].block, launches[9, 0].warps) == (64, 8)  # one head: programs of one consumer
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for heads, op, block in ((64, "fused_chunk", 64), (67, "fused_chunk", 128), (67, "chunk", 64), (128, "chunk", 128)):
+        q = meta(1, 4096, heads, 128)
+        told = torch_la.explain(q, q, q, op=op)
+        assert (told.forward.launches or ())[-1].block == block  # of 128 if they fill half of the GPU, uncut
+        assert told.forward.segments == 1
     for width, names in ((128, ["backward"]), (256, ["walk"] * 3)):
         q = meta(4, 8192, 8, width)
         told = torch_la.explain(q, q, q)

@@ -256,7 +256,11 @@ def _planned(
         and kernel not in tiles.override and max(K, V) > 64 and K % 8 == V % 8 == 0
         and not (in_blocks or normalize) and packed is None
     ):  # fmt: skip
-        few = B * HV * _ceil(V if kernel == "forward" else min(K, V), 128) < processors  # programs with two consumers
+        # Two consumers of a program read a and b once for both. But half of the processors must not stand idle for
+        # that, no sequence be cut; and wide states gain only where all processors have work.
+        pairs = B * HV * _ceil(V if kernel == "forward" else min(K, V), 128)
+        cuts_below = 1.1 if op == "chunk" and kernel == "forward" else 2
+        few = pairs * (1 if max(K, V) > 128 else cuts_below) < processors
         on = "hopper_few" if few else "hopper"
         tile = tiles.tile(on, kind, K, V)
     else:
