@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from torch_la.ops.kernels import dispatch, launch, tiles
 from torch_la.ops.kernels.dispatch import Launch, form
+from torch_la.ops.kernels.plan import planned
 
 # ------------------------------------------------------------------------------------------------------------- a launch
 
@@ -119,8 +120,8 @@ def test_launches_that_wait_are_dropped_with_an_error() -> None:
 def test_only_the_first_call_of_a_kind_waits() -> None:
     def plan(T: int, dtype: torch.dtype = torch.float16, device: int | None = 0) -> Any:
         x = torch.zeros(1, T, 1, 16, dtype=dtype)
-        args = ("chunk", "forward", False, False, False, False, device, 132, True, tiles.settings())
-        return launch._planned(*args, form(x, x, x, None, None, None, None))
+        args = ("chunk", "forward", False, False, False, False, device, 132, 9, False, tiles.settings())
+        return planned(*args, form(x, x, x, None, None, None, None))
 
     def waits(plan: Any) -> bool:
         return launch._begin(plan) is not launch._HERE

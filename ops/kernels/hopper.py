@@ -47,7 +47,7 @@ def _swizzled(bits):
 
 
 def described(x, view, columns):
-    """x as a descriptor of tiles of CHUNK tokens; view as in launch.py."""
+    """x as a descriptor of tiles of CHUNK tokens; view as in plan.py."""
     shape, strides = view
     return TensorDescriptor(x, shape, strides, [1, 1, CHUNK, columns], _swizzled(8 * x.element_size()))
 

@@ -6,25 +6,24 @@
 
 In blocks, dg needs no sum that leaves its block: that keeps it exact. With the normaliser, its denominators (in a walk
 after z of every chunk) come between what S needs and what dS needs. What stands in brackets runs only where needed.
-Everything is chosen from shapes, strides and the alignment of addresses, so CUDA graphs capture every call. What is
-chosen is remembered: a call like an earlier one only allocates, and hands over its arguments.
+Everything is chosen from shapes, strides and the alignment of addresses, in plan.py, so CUDA graphs capture every call.
+What is chosen is remembered: a call like an earlier one only allocates, and hands over its arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import EPS
 from . import chunk, segments, step, tiles
 from .dispatch import Launch, compiled_at_once, form
+from .plan import DENSE, PACKED_CUT, Plan, ceil, planned, power, power_of_2, remembered, view_of
 
 _forward, _local_state, _boundaries = chunk.forward, chunk.local_state, chunk.boundaries
 _key_sums, _normaliser, _backward = chunk.key_sums, chunk.normaliser, chunk.backward
@@ -39,12 +38,6 @@ if triton.__version__.startswith("3.6.") and not triton.knobs.runtime.interpret:
         from . import hopper
 
         _hopper_walk, _hopper_backward = hopper.walk, hopper.backward
-
-BLOCK = 64  # tokens of a block, token by token
-SHORTEST = 1024  # tokens of a segment: shorter ones move more bytes of states than of tokens
-DENSE, PACKED, PACKED_CUT = 0, 1, 2  # the layouts of chunk.py
-
-_remembered = functools.lru_cache(maxsize=1024)
 
 
 @functools.cache
@@ -75,7 +68,7 @@ _HERE = contextlib.nullcontext()
 _begun: set[tuple[Any, ...]] = set()
 
 
-def _begin(plan: _Plan) -> contextlib.AbstractContextManager[object]:
+def _begin(plan: Plan) -> contextlib.AbstractContextManager[object]:
     """The first call of a kind compiles its kernels at once."""
     if plan.begun:
         return _HERE
@@ -99,126 +92,9 @@ def _vector(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
-def _ceil(a: int, b: int) -> int:
-    """a / b, rounded up. (`triton.cdiv` takes 2 us of the host for each call, and there are many.)"""
-    return -(-a // b)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _power(n: int) -> int:
-    return max(16, _power_of_2(n))
-
-
-_View = tuple[list[int], list[int]]  # shape and strides
-
-
-@dataclass(eq=False)
-class _Plan:
-    """What the kernels of one call share. Calls share a plan if only addresses and the scale differ between them."""
-
-    B: int
-    T: int
-    H: int
-    HV: int
-    K: int
-    V: int
-    W: int  # columns of a state
-    N: int  # sequences
-    gate: int  # 0 none, 1 g, 2 g_gamma
-    normalize: bool
-    reverse: bool
-    tokens: bool  # token by token, in exact float32
-    in_blocks: bool  # the backward: blocks of one chunk, whose states are kept in memory
-    dtype: torch.dtype  # of q, k and v
-    precision: str  # of products
-    kind: str  # of the rows of the tile table
-    tile: tiles.Tile
-    layout: int
-    cuts: int  # segments of a dense sequence
-    length: int  # tokens of a segment
-    slots: int
-    strides: tuple[tuple[int, ...], ...]  # of q, k, v and in the backward do, without the last
-    views: tuple[_View, ...] | None  # q, k, v and do as descriptors show them, if the pass reads them by descriptors
-    hopper: str  # the pass is that of hopper.py: the row of the tile table that it takes, or ""
-    code: tuple[Any, ...]  # the device, and what tells one kind of call from others whose kernels differ
-    begun: bool = False
-    block_slots: int = 0  # those of the blocks, where the backward works in blocks or needs denominators
-    blocks: int = 0  # and those of a dense sequence
-
-    @property
-    def on_hopper(self) -> bool:
-        return bool(self.hopper)
-
-    @functools.cached_property
-    def cut(self) -> bool:
-        return self.layout == PACKED_CUT or self.cuts > 1
-
-    def columns(self, width: int, tile: tiles.Tile | None = None) -> int:
-        """Columns of the state that a program holds."""
-        return min((tile or self.tile).block, max(_power(width), 32 if self.tokens else 16))
-
-    def rows(self, width: int) -> int:
-        """And rows. Token by token, smaller tiles than 64 x 32 leave several lanes that hold, and write, the same."""
-        return max(_power(width), 64 if self.tokens else 16)
-
-    def described(self, x: Tensor, index: int, columns: int) -> Any:
-        """x, which is the tensor `index` of q, k, v, do: a descriptor of tiles of so many columns, or as it is."""
-        if self.views is None:
-            return x
-        shape, strides = self.views[index]
-        return TensorDescriptor(x, shape, strides, [1] * (len(shape) - 2) + [self.C, columns])
-
-    @property
-    def states_tile(self) -> tiles.Tile:
-        """For the kernels that only move the state."""
-        if self.tokens or self.precision == "ieee":
-            return self.tile
-        tile = tiles.tile("states", self.kind, self.K, self.V)
-        return replace(tile, stages=max(1, tile.stages * tile.chunk // self.C))  # longer chunks, the same memory
-
-    @functools.cached_property
-    def output_tiles(self) -> tuple[int, int]:
-        """Of the backward: how many share the columns of dq, and of dk; and of dv."""
-        BN = self.columns(max(self.K, self.V))
-        return _ceil(self.K, BN), _ceil(self.V, BN)
-
-    @functools.cached_property
-    def C(self) -> int:
-        """Tokens of a block."""
-        return BLOCK if self.tokens else self.tile.chunk
-
-    @functools.cached_property
-    def sums(self) -> torch.dtype:
-        """Of the sums of gates."""
-        # R of a strong decay is in the thousands: in float32 its differences would lose what float16 still shows
-        exact = self.precision == "ieee" or self.tokens or self.dtype == torch.float16
-        return torch.float64 if exact else torch.float32
-
-
-def _view(shape: tuple[int, ...], stride: tuple[int, ...], packed: bool) -> _View | None:
-    """[B, T, H, width] as [B, H, T, width], if descriptors take its strides: multiples of 16 bytes, none 0.
-
-    Packed sequences end inside the tensor. There, two more dimensions let the caller say where (the trick of
-    triton.tools.ragged_tma): token t of rows that end before `end` has the address t s = 2^30 (2^34 - s) + end s +
-    (2^30 - end + t) s, in the 64 bits of an address, and lies outside the dimension of 2^30 tokens from `end` on.
-    """
-    B, T, H, width = shape
-    strides = [s if n > 1 else 8 for n, s in ((B, stride[0]), (H, stride[2]), (T, stride[1]))]
-    if any(s <= 0 or s % 8 for s in strides):
-        return None
-    b, h, t = strides
-    if packed:
-        most = 0x7FFF0000
-        return ([most, most, H, 1 << 30, width], [(1 << 34) - t, t, h, t, 1]) if T <= 1 << 30 else None
-    return [B, H, T, width], [b, h, t, 1]
-
-
 def _plan(
     op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, q: Tensor, *inputs: Tensor | None
-) -> _Plan:
+) -> Plan:
     """The plan of a call. `inputs`: all other tensors that it is given: k, v, g, g_gamma, cu_seqlens, then the rest."""
     device = q.get_device() if q.is_cuda else None
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
@@ -227,114 +103,33 @@ def _plan(
     for x in (q, *inputs[:2], *inputs[7:8]):
         if x is None or x.data_ptr() & 15:
             describable = 0
-    return _planned(*options, device, _processors(device), describable, tiles.settings(), form(q, *inputs))
+    can = _processors(device), describable, _hopper_walk is not None
+    return planned(*options, device, *can, tiles.settings(), form(q, *inputs))
 
 
-@_remembered
-def _planned(
-    op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, exact: bool, device: int | None,
-    processors: int, describable: int, settings: tuple[Any, ...], inputs: tuple[Any, ...],
-) -> _Plan:  # fmt: skip
-    # (the device and the settings of the table only tell plans apart: each device compiles, the table reads its own)
-    (dtype, (B, T, H, K), _), _, (_, (_, _, HV, V), _), g, g_gamma, cu, *_ = inputs
-    gate = 2 if g_gamma is not None else int(g is not None)
-    packed = None if cu is None else cu[1][0] - 1
-    precision = "tf32"
-    kind = "half"
-    if dtype == torch.float32:
-        kind = precision = "ieee" if exact else "tf32"
-    read = (*inputs[:3], *inputs[8:9])
-    views: tuple[_View, ...] | None = None
-    large = tiles.described <= B * T * HV * (K + V)
-    known = in_blocks or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)
-    if describable and large and known and op != "recurrent" and kind == "half":
-        seen = [_view(x[1], x[2], packed is not None) for x in read]
-        views = tuple(x for x in seen if x) if all(seen) else None
-    on = ""  # hopper.py
-    if (
-        tiles.hopper and views is not None and describable == 9 and _hopper_walk is not None
-        and kernel not in tiles.override and max(K, V) > 64 and K % 8 == V % 8 == 0
-        and not (in_blocks or normalize) and packed is None
-    ):  # fmt: skip
-        # Two consumers of a program read a and b once for both. But half of the processors must not stand idle for
-        # that, no sequence be cut; and wide states gain only where all processors have work.
-        pairs = B * HV * _ceil(V if kernel == "forward" else min(K, V), 128)
-        cuts_below = 1.1 if op == "chunk" and kernel == "forward" else 2
-        few = pairs * (1 if max(K, V) > 128 else cuts_below) < processors
-        on = "hopper_few" if few else "hopper"
-        tile = tiles.tile(on, kind, K, V)
-    else:
-        row = tiles.name(kind, in_blocks, views is not None, normalize, gate)
-        tile = tiles.tile("tokens" if op == "recurrent" else kernel, row, K, V)
-    tokens = tile.chunk == 1
-    N = B if packed is None else packed
-    # cut so that about eight warps run on every multiprocessor
-    in_blocks |= kernel == "backward" and tokens
-    walks = tile
-    if in_blocks and not tokens and precision != "ieee":  # `boundaries` walks, and the blocks need no cut
-        walks = tiles.tile("states", kind, K, V)
-    programs = HV * _ceil(V, walks.block)
-    if in_blocks:
-        programs *= 1 if normalize else 2
-    elif kernel == "backward" and on and max(K, V) > 128:  # one launch for each role
-        programs = min(programs, HV * _ceil(K, walks.block))
-    elif kernel == "backward":
-        programs += 2 * HV * _ceil(K, walks.block)
-    length = T
-    if kernel == "backward" or op == "chunk":
-        wanted = max(1, 8 // walks.warps) * processors
-        if 1.1 * B * programs < wanted:
-            length = max(SHORTEST, -(-T * B * programs // wanted))
-        if tiles.segment is not None:
-            length = tiles.segment
-    unit = max(tile.chunk, BLOCK if tokens else 16)
-    length = min(-(-length // unit) * unit, -(-max(T, 1) // unit) * unit)
-    cuts = _ceil(T, length) if packed is None else 1
-    if packed is None:
-        layout, slots = DENSE, B * cuts
-    elif length >= T:
-        layout, slots = PACKED, N
-    else:
-        layout, slots = PACKED_CUT, T // length + N
-    if in_blocks and max(_power(K), _power(V)) <= tile.block:
-        views = None  # one program does a whole block then: more of it goes through registers
-    plan = _Plan(
-        B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, in_blocks, dtype, precision, kind, tile,
-        layout, cuts, length, slots, tuple(x[2][:3] for x in read), views, on,
-        (
-            device, views is None, on, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V,
-            layout, cuts > 1, *(x is None for x in inputs),
-        ),
-    )  # fmt: skip
-    if in_blocks or (normalize and kernel == "backward"):
-        plan.blocks = _ceil(T, plan.C)
-        plan.block_slots = B * plan.blocks if packed is None else T // plan.C + N
-    return plan
+@remembered
+def _table_launch(plan: Plan, length: int, slots: int) -> Launch:
+    return Launch(ceil(slots, 128), BS=128, num_warps=4)
 
 
-@_remembered
-def _table_launch(plan: _Plan, length: int, slots: int) -> Launch:
-    return Launch(_ceil(slots, 128), BS=128, num_warps=4)
-
-
-def _table(plan: _Plan, cu: Tensor, length: int, slots: int) -> Tensor:
+def _table(plan: Plan, cu: Tensor, length: int, slots: int) -> Tensor:
     """The sequence of each slot, for packed sequences cut into segments of `length`."""
     table = torch.empty(slots, dtype=torch.int32, device=cu.device)
     _table_launch(plan, length, slots)(_segment_table, cu, table, plan.T, plan.N, length, slots)
     return table
 
 
-@_remembered
-def _gates_launch(plan: _Plan) -> Launch:
+@remembered
+def _gates_launch(plan: Plan) -> Launch:
     chunk = plan.tile.chunk
-    BT, BH = max(chunk, 64), min(16, _power_of_2(plan.HV))
+    BT, BH = max(chunk, 64), min(16, power_of_2(plan.HV))
     return Launch(
-        plan.B * _ceil(plan.T, BT) * _ceil(plan.HV, BH),
+        plan.B * ceil(plan.T, BT) * ceil(plan.HV, BH),
         PACKED=plan.layout != DENSE, REVERSE=plan.reverse, C=chunk, BT=BT, BH=BH, num_warps=4,
     )  # fmt: skip
 
 
-def _gates(plan: _Plan, g: Tensor | None, cu: Tensor) -> Tensor | None:
+def _gates(plan: Plan, g: Tensor | None, cu: Tensor) -> Tensor | None:
     """R of walk.py, for gates in `g`: float64 where float32 would lose digits."""
     if plan.gate != 1 or g is None:
         return None
@@ -343,12 +138,12 @@ def _gates(plan: _Plan, g: Tensor | None, cu: Tensor) -> Tensor | None:
     return R
 
 
-@_remembered
-def _local_state_launch(plan: _Plan, mirror: bool, last: bool) -> Launch:
+@remembered
+def _local_state_launch(plan: Plan, mirror: bool, last: bool) -> Launch:
     tile = plan.states_tile
     BN = plan.columns(plan.V, tile)
     return Launch(
-        _ceil(plan.V, BN) * plan.HV * plan.slots,
+        ceil(plan.V, BN) * plan.HV * plan.slots,
         K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=plan.gate,
         REVERSE=plan.reverse, MIRROR=mirror, NORMALIZE=plan.normalize, LAST=last, LAYOUT=plan.layout,
         TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=tile.warps, num_stages=tile.stages,
@@ -356,19 +151,19 @@ def _local_state_launch(plan: _Plan, mirror: bool, last: bool) -> Launch:
     )  # fmt: skip
 
 
-@_remembered
-def _scan_launch(plan: _Plan, mirror: bool, has_s0: bool, has_s1: bool) -> Launch:
+@remembered
+def _scan_launch(plan: Plan, mirror: bool, has_s0: bool, has_s1: bool) -> Launch:
     KW = plan.K * plan.W
-    size = min(2048, _power_of_2(KW))
+    size = min(2048, power_of_2(KW))
     return Launch(
-        _ceil(KW, size) * plan.HV * plan.N,
+        ceil(KW, size) * plan.HV * plan.N,
         KW=KW, W=plan.W, PACKED=plan.layout != DENSE, REVERSE=plan.reverse, MIRROR=mirror, GATE=plan.gate,
         TOKENS=plan.tokens, HAS_S0=has_s0, HAS_S1=has_s1, BLOCK=size, num_warps=4,
     )  # fmt: skip
 
 
 def _segment_states(
-    plan: _Plan,
+    plan: Plan,
     k: Tensor,
     v: Tensor,
     R: Tensor | None,
@@ -397,12 +192,12 @@ def _segment_states(
     return states
 
 
-@_remembered
-def _boundaries_launch(plan: _Plan, first: int, directions: int, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
+@remembered
+def _boundaries_launch(plan: Plan, first: int, directions: int, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
     tile = plan.states_tile
     BN = plan.columns(plan.V, tile)
     return Launch(
-        directions * _ceil(plan.V, BN) * plan.HV * plan.slots,
+        directions * ceil(plan.V, BN) * plan.HV * plan.slots,
         DIRECTIONS=directions, K=plan.K, V=plan.V, BK=plan.rows(plan.K), BN=BN, C=plan.C, GATE=plan.gate,
         REVERSE=plan.reverse, NORMALIZE=plan.normalize, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0,
         LAYOUT=plan.layout, TOKENS=plan.tokens, PRECISION=plan.precision,
@@ -410,11 +205,11 @@ def _boundaries_launch(plan: _Plan, first: int, directions: int, has_s0: bool, h
     )  # fmt: skip
 
 
-@_remembered
-def _key_sums_launch(plan: _Plan, has_s0: bool) -> Launch:
-    BM = min(64, _power(plan.K))
+@remembered
+def _key_sums_launch(plan: Plan, has_s0: bool) -> Launch:
+    BM = min(64, power(plan.K))
     return Launch(
-        _ceil(plan.K, BM) * plan.HV * plan.slots,
+        ceil(plan.K, BM) * plan.HV * plan.slots,
         K=plan.K, V=plan.V, BM=BM, C=plan.C, GATE=plan.gate, REVERSE=plan.reverse, HAS_S0=has_s0, LAYOUT=plan.layout,
         PRECISION=plan.precision, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -427,7 +222,7 @@ class _Kept:
     """
 
     def __init__(
-        self, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, R: Tensor | None, gamma: Tensor | None,
+        self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, R: Tensor | None, gamma: Tensor | None,
         packed: tuple[Tensor, Tensor], scale: float,
     ) -> None:  # fmt: skip
         self.plan, self.inputs, self.packed, self.scale = plan, (q, k, v, do, R, gamma), packed, scale
@@ -471,36 +266,36 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-@_remembered
-def _forward_launch(plan: _Plan, has_s0: bool, has_s1: bool) -> Launch:
+@remembered
+def _forward_launch(plan: Plan, has_s0: bool, has_s1: bool) -> Launch:
     K, V, tile = plan.K, plan.V, plan.tile
     BN = plan.columns(V)
     # Loads of columns under a mask take the pipeline more shared memory than a multiprocessor has. (Copied tiles have
     # no mask, and must keep their stages: one stage of 32 copied columns reads illegal memory, docs/kernels.)
     stages = 1 if K > 128 and V % BN and plan.views is None else tile.stages
     return Launch(
-        _ceil(V, BN) * plan.HV * plan.slots,
+        ceil(V, BN) * plan.HV * plan.slots,
         EPS=EPS, K=K, V=V, BK=plan.rows(K), BN=BN, C=tile.chunk, GATE=plan.gate, REVERSE=plan.reverse,
         NORMALIZE=plan.normalize, HAS_S0=has_s0, HAS_S1=has_s1, LAYOUT=plan.layout,
         TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
 
 
-def _hopper_options(plan: _Plan, M: int) -> dict[str, Any]:
+def _hopper_options(plan: Plan, M: int) -> dict[str, Any]:
     """M: rows of the state as the role holds it."""
     tile = tiles.tile(plan.hopper, plan.kind, M, 128)
-    BM = max(128, _power(M))
+    BM = max(128, power(M))
     return {
         "BM": BM, "SA": min(tile.stages, 2) if BM == 256 else tile.stages, "SB": tile.stages, "NC": tile.block // 64,
         "GATE": plan.gate, "REVERSE": plan.reverse, "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip
 
 
-@_remembered
-def _role_launch(plan: _Plan, role: int, has_s0: bool, has_s1: bool) -> Launch:
+@remembered
+def _role_launch(plan: Plan, role: int, has_s0: bool, has_s1: bool) -> Launch:
     M, N = (plan.V, plan.K) if role in (1, 3) else (plan.K, plan.V)
     options = _hopper_options(plan, M)
-    programs = _ceil(N, 64 * options["NC"]) * plan.HV * plan.slots
+    programs = ceil(N, 64 * options["NC"]) * plan.HV * plan.slots
     return Launch(programs, MIRROR=role >= 2, HAS_S0=has_s0, HAS_S1=has_s1, **options)
 
 
@@ -510,7 +305,7 @@ def _near(state: Tensor | None) -> Tensor | None:
 
 
 def _role_on_hopper(
-    plan: _Plan, role: int, a: Tensor, b: Tensor, c: Tensor, order: tuple[int, int, int], out: Tensor,
+    plan: Plan, role: int, a: Tensor, b: Tensor, c: Tensor, order: tuple[int, int, int], out: Tensor,
     R: Tensor | None, gamma: Tensor | None, start: Tensor | None, final: Tensor | None,
     scale: float, in_scale: float = 1.0, out_scale: float = 1.0,
 ) -> None:  # fmt: skip
@@ -518,7 +313,7 @@ def _role_on_hopper(
     assert plan.views is not None
     start = _near(start)
     launch = _role_launch(plan, role, start is not None, final is not None)
-    views = (*(plan.views[i] for i in order), _view(out.shape, out.stride(), False))
+    views = (*(plan.views[i] for i in order), view_of(out.shape, out.stride(), False))
     BM = launch.constants["BM"]
     S0 = _or(start, a)
     s_slot, s_h, s_k, s_v = S0.stride()
@@ -531,16 +326,16 @@ def _role_on_hopper(
     )  # fmt: skip
 
 
-@_remembered
-def _roles_launch(plan: _Plan, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
+@remembered
+def _roles_launch(plan: Plan, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
     options = _hopper_options(plan, max(plan.K, plan.V))
     block = 64 * options["NC"]
-    programs = (2 * _ceil(plan.K, block) + _ceil(plan.V, block)) * plan.HV * plan.slots
+    programs = (2 * ceil(plan.K, block) + ceil(plan.V, block)) * plan.HV * plan.slots
     return Launch(programs, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0, **options)
 
 
 def _backward_on_hopper(
-    plan: _Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     R: Tensor | None, gamma: Tensor | None, start: Tensor | None, dend: Tensor | None, dstart: Tensor | None,
     scale: float, d_scale: float,
 ) -> None:  # fmt: skip
@@ -559,7 +354,7 @@ def _backward_on_hopper(
         _hopper_backward,
         *(hopper.described(x, view, 128) for x, view in zip(read, views, strict=True)),
         *(hopper.described(read[i], views[i], 64) for i in (0, 1, 3)),
-        *(hopper.described(x, _view(x.shape, x.stride(), False), 64) for x in (dq, dk, dv)),
+        *(hopper.described(x, view_of(x.shape, x.stride(), False), 64) for x in (dq, dk, dv)),
         _or(R, q), _or(gamma, q), S0, *S0.stride(), dS1, *dS1.stride(), _or(dstart, q),
         plan.T, plan.H, plan.HV, plan.K, plan.V, plan.cuts, plan.length, scale, d_scale,
     )  # fmt: skip
@@ -615,18 +410,18 @@ def forward(
     return o, final
 
 
-@_remembered
-def _normaliser_launch(plan: _Plan, layout: int) -> Launch:
+@remembered
+def _normaliser_launch(plan: Plan, layout: int) -> Launch:
     return Launch(
         plan.HV * plan.block_slots,
-        EPS=EPS, K=plan.K, V=plan.V, BK=_power(plan.K), BV=_power(plan.V), C=plan.C, GATE=plan.gate,
+        EPS=EPS, K=plan.K, V=plan.V, BK=power(plan.K), BV=power(plan.V), C=plan.C, GATE=plan.gate,
         REVERSE=plan.reverse, LAYOUT=layout, TOKENS=plan.tokens, PRECISION=plan.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
-@_remembered
+@remembered
 def _backward_launch(
-    plan: _Plan, layout: int, slots: int, rho: bool, has_s0: bool, has_ds1: bool, has_ds0: bool
+    plan: Plan, layout: int, slots: int, rho: bool, has_s0: bool, has_ds1: bool, has_ds0: bool
 ) -> Launch:
     K, V, tile = plan.K, plan.V, plan.tile
     BN = plan.columns(max(K, V))
@@ -641,12 +436,12 @@ def _backward_launch(
     )  # fmt: skip
 
 
-@_remembered
-def _gate_gradient_launch(plan: _Plan, layout: int, total: bool) -> Launch:
+@remembered
+def _gate_gradient_launch(plan: Plan, layout: int, total: bool) -> Launch:
     TK, TV = plan.output_tiles
     NB = max(1, 1024 // plan.C)
     return Launch(
-        plan.HV * _ceil(plan.block_slots, NB),
+        plan.HV * ceil(plan.block_slots, NB),
         TILES=TK, ACROSS=TV, REVERSE=plan.reverse, LAYOUT=layout, SUM=total, C=plan.C, NB=NB, num_warps=4,
     )  # fmt: skip
 
@@ -793,15 +588,15 @@ def _summed(dq: Tensor, dk: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return dq.view(B, T, H, -1, K).sum(3).to(q.dtype), dk.view(B, T, H, -1, K).sum(3).to(q.dtype)
 
 
-@_remembered
+@remembered
 def _step_launch(normalize: bool, device: int, settings: tuple[Any, ...], inputs: tuple[Any, ...]) -> Launch:
     (_, (B, _, K), _), _, (_, (_, HV, V), _), _, g, g_gamma, indices = inputs
     gate = 2 if g_gamma is not None else int(g is not None)
     tile = tiles.tile("step", "any", K, V)
-    BN = min(tile.block, _power(V))
+    BN = min(tile.block, power(V))
     return Launch(
-        (1 if normalize else _ceil(V, BN)) * HV * B,
-        EPS=EPS, K=K, V=V, BK=_power(K), BN=BN, GATE=gate, NORMALIZE=normalize, INDEXED=indices is not None,
+        (1 if normalize else ceil(V, BN)) * HV * B,
+        EPS=EPS, K=K, V=V, BK=power(K), BN=BN, GATE=gate, NORMALIZE=normalize, INDEXED=indices is not None,
         num_warps=tile.warps,
     )  # fmt: skip
 

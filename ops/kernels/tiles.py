@@ -48,7 +48,7 @@ def settings() -> tuple[Any, ...]:
 
 
 def name(kind: str, blocks: bool, copied: bool, norm: bool, gate: int) -> str:
-    """Of the row that a call asks for; gate as in launch.py: 0 none, 1 g, 2 g_gamma."""
+    """Of the row that a call asks for; gate as in plan.py: 0 none, 1 g, 2 g_gamma."""
     way = "+blocks" if blocks else "+copied" * copied
     return kind + way + "+norm" * norm + "+gates" * (gate > 0) + "+gamma" * (gate == 2)
 

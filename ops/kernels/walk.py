@@ -111,7 +111,7 @@ def rows(p, stride, t, i, live, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr)
 
     p is a pointer to the rows of a head, `stride` its token stride; or a descriptor, by which the hardware copies a
     tile to shared memory, and `stride` the place of the rows in it: batch and head in one of [B, H, T, WIDTH], end and
-    head in one of packed sequences, where tokens from the end on are outside (`_view` of launch.py).
+    head in one of packed sequences, where tokens from the end on are outside (`view_of` in plan.py).
     """
     if isinstance(p, tl.core.tensor_descriptor_base):
         if len(p.block_shape) == 4:
