@@ -282,12 +282,18 @@ def _aims() -> dict[str, str]:
 
 
 def _wrong_picks() -> str:
-    records = [record for record in map(_benchmark, ("gpu", "cpu")) if record]
-    every = [row for record in records for row in record["rows"] if row["ours"] and not row.get("picked")]
-    if not every:
-        return "*Not run yet.*"
-    found = [f"- {text}" for record in records for text in bench.wrong_picks(record["rows"])]
-    return "\n".join(found) or "Nowhere."
+    """From the records of `bench --ops all`: `ops_gpu.json`, `ops_cpu.json`."""
+    parts = []
+    for where, name in (("GPU", "ops_gpu"), ("CPU", "ops_cpu")):
+        path = _RECORDS / f"{name}.json"
+        if not path.exists():
+            parts.append(f"On a {where}: not measured with all operators.")
+            continue
+        record = json.loads(path.read_text())
+        found = [f"- {text}" for text in bench.wrong_picks(record["rows"])]
+        parts.append(f"On a {where} (`docs/records/{name}.json`): " + ("" if found else "nowhere."))
+        parts += found
+    return "\n".join(parts)
 
 
 _overhead = _record("overhead")
@@ -307,14 +313,17 @@ def _models(where: str) -> dict:
 
 _gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer", "pytest")}
 _hopper = _record("gpu_cases_hopper")["cases"]
-_gpu["hopper"] = {"count": len(_hopper), "wrong": sum(not c["ok"] for c in _hopper)}
+_on_hopper = [c["case"] for c in _hopper if "on Hopper" in c.get("copied", "")]
+_gpu["hopper"] = {"count": len(_hopper), "wrong": sum(not c["ok"] for c in _hopper), "passes": len(_on_hopper)}
+_gpu["hopper"]["edge"] = sum(" edge " in name for name in _on_hopper)
 _gpu["cases"] |= {"count": len(_gpu["cases"]["cases"]), "wrong": sum(not c["ok"] for c in _gpu["cases"]["cases"])}
 _gpu["pytest"] |= {
     "passed": sum(f["passed"] for f in _gpu["pytest"]["files"]),
     "wrong": sum(f.get("failure", 0) + f.get("error", 0) for f in _gpu["pytest"]["files"]),
 }
 _stack = _record("stack")
-_spills = [[*name.rsplit(" ", 1), str(size)] for name, size in _stack["stack_bytes"].items() if size]
+_most = sorted(_stack["stack_bytes"].items(), key=lambda it: -it[1])[:10]
+_spills = [[*name.rsplit(" ", 1), str(size)] for name, size in _most]
 _tables = {"cases": _worst, "timing": _timing, "sanitizer": _findings}
 myst_substitutions = {
     "bench": {where: _benchmark_table(where) for where in ("gpu", "peer_gpu", "cpu")} | {"wrong": _wrong_picks()},

@@ -212,11 +212,16 @@ def test_for_a_gpu_that_is_not_here() -> None:
     told = torch_la.explain(*(meta(*shape) for _ in range(3)), g=meta(*shape[:3]))
     assert told.op == "la::chunk"
     assert told.path == f"cuda: Triton {doctor.installed('triton')}"
-    assert [launch.name for launch in told.forward.launches or ()] == ["gate_sums", "local_state", "scan", "walk"]
+    assert [launch.name for launch in told.forward.launches or ()] == [
+        "gate_sums",
+        "local_state",
+        "scan",
+        "hopper.walk",
+    ]
     assert told.forward.segments is not None
     assert told.forward.segments > 1
     assert any("132 multiprocessors" in note for note in told.notes)
-    assert f"{told.forward.segments} segments of up to {told.forward.segment} tokens, 4 launches" in str(told)
+    assert f"in {told.forward.segments} pieces of up to {told.forward.segment} tokens, 4 launches" in str(told)
     mode = FakeTensorMode()
     fake = [FakeTensor(mode, meta(*shape), torch.device("cuda:0")) for _ in range(3)]
     there = torch_la.explain(*fake, g=FakeTensor(mode, meta(*shape[:3]), torch.device("cuda:0")))
@@ -281,7 +286,7 @@ def test_the_tiles_are_those_of_the_gpu_that_is_here(monkeypatch: pytest.MonkeyP
     for capability in ((9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
         launches[capability] = (torch_la.explain(q, q, q).forward.launches or ())[-1]
-    assert [it.name for it in launches.values()] == ["walk", "forward"]
+    assert [it.name for it in launches.values()] == ["hopper.walk", "forward"]
     assert (launches[9, 0].block, launches[9, 0].warps) == (64, 8)  # one head: programs of one consumer
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for heads, op, block in ((64, "fused_chunk", 64), (67, "fused_chunk", 128), (67, "chunk", 64), (128, "chunk", 128)):
@@ -289,7 +294,7 @@ def test_the_tiles_are_those_of_the_gpu_that_is_here(monkeypatch: pytest.MonkeyP
         told = torch_la.explain(q, q, q, op=op)
         assert (told.forward.launches or ())[-1].block == block  # of 128 if they fill half of the GPU, uncut
         assert told.forward.segments == 1
-    for width, names in ((128, ["backward"]), (256, ["walk"] * 3)):
+    for width, names in ((128, ["hopper.backward"]), (256, ["hopper.walk"] * 3)):
         q = meta(4, 8192, 8, width)
         told = torch_la.explain(q, q, q)
         assert [it.name for it in told.backward.launches or ()] == names

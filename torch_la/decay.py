@@ -4,7 +4,8 @@ Each function returns [heads] float32 log-decays, natural logarithm, at most 0. 
 RetNet's own), each with the layer factor that its checkpoints were trained with; the factors differ, so use the right
 name.
 
-Heads count globally: under tensor parallelism build for all heads and take your shard. `layer` counts from 0.
+Heads count globally: under tensor parallelism build for all heads and take your shard. `layer` counts from 0. A number
+of heads below 1, or a layer that is not in [0, layers), raises ValueError.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Launch:
     def __str__(self) -> str:
         tile = {"chunk": self.chunk, "block": self.block, "warps": self.warps, "stages": self.stages}
         parts = [_size(self.bytes), *([] if self.programs is None else [f"{self.programs} programs"])]
-        return f"{self.name:14}" + ", ".join([*parts, *(f"{n} {x}" for n, x in tile.items() if x is not None)])
+        return f"{self.name:16}" + ", ".join([*parts, *(f"{n} {x}" for n, x in tile.items() if x is not None)])
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Pass:
         lines = [f"{self.flops / 1e9:.4g} GFLOP, memory floor {_size(self.floor)}"]
         if self.launches is not None:
             lines[0] += f", moves {_size(self.moved or 0)}, workspace {_size(self.workspace or 0)}"
-            lines.append(f"{self.segments} segments of up to {self.segment} tokens, {len(self.launches)} launches")
+            pieces, launches = _count(self.segments or 0, "piece"), _count(len(self.launches), "launch")
+            lines.append(f"sequences in {pieces} of up to {self.segment} tokens, {launches}")
             lines += [f"  {launch}" for launch in self.launches]
         return "\n".join(f"{self.name if i == 0 else '':10}{line}" for i, line in enumerate(lines))
 
@@ -239,7 +240,9 @@ class _Note:
     """In the place of a kernel: `kernel[grid](...)` notes the launch."""
 
     def __init__(self, kernel: Any, notes: list[Any]) -> None:
-        self.name, self.arguments, self.notes = kernel.fn.__name__, kernel.arg_names, notes
+        gluon = kernel.fn.__module__.endswith(".hopper")
+        self.name = f"hopper.{kernel.fn.__name__}" if gluon else kernel.fn.__name__
+        self.arguments, self.notes = kernel.arg_names, notes
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
@@ -331,6 +334,10 @@ def _dry_run(
 def _unaligned(x: Tensor | None) -> bool:
     """As far as x has an address."""
     return x is not None and x.device.type != "meta" and type(x) is Tensor and x.data_ptr() % 16 != 0
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("ch") else "s")
 
 
 def _size(count: float) -> str:
