@@ -85,6 +85,10 @@ class _Time:
         neighbour = row[:-2] if self.reverse else row[2:]
         return self._mask(moved, (neighbour != self.row) | ~self.inside)
 
+    def within(self, x: Tensor) -> Tensor:
+        """Zero at tokens outside every sequence: what stands there may be NaN, and a sum over time would spread it."""
+        return self._mask(x, ~self.inside) if self.packed else x
+
     @staticmethod
     def _mask(x: Tensor, tokens: Tensor) -> Tensor:
         return x.masked_fill(tokens.view(1, -1, *[1] * (x.ndim - 2)), 0)
@@ -97,15 +101,16 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, scale: float | None, time: _Time
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """s q, k, v and the gates in the working dtype, with as many key heads as value heads."""
+    """s q, k, v and the gates in the working dtype, with as many key heads as value heads, zero outside sequences."""
     dtype, (B, T, H, K), HV = state_dtype(q), q.shape, v.shape[2]
     q = q.to(dtype) * _scale(q, scale)
     q, k = (x.to(dtype).unsqueeze(3).expand(B, T, H, HV // H, K).reshape(B, T, HV, K) for x in (q, k))
     if g_gamma is not None:
         g = g_gamma.expand(B, T, HV)
-    return q, k, v.to(dtype), None if g is None else g.to(dtype)
+    gate = None if g is None else time.within(g.to(dtype))
+    return time.within(q), time.within(k), time.within(v.to(dtype)), gate
 
 
 def _split(state: Tensor | None, V: int) -> tuple[Tensor | None, Tensor | None]:
@@ -135,9 +140,9 @@ def gradients(
     gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What the backward operator returns, by calls of the forward one. Differentiable in every tensor argument."""
-    a, b, c, gate = _prepare(q, k, v, g, g_gamma, scale)
     H, V = q.shape[2], v.shape[3]
     time = _Time(v, cu_seqlens, reverse)
+    a, b, c, gate = _prepare(q, k, v, g, g_gamma, scale, time)
     behind = None if gate is None else time.next(gate)
 
     def causal(x: Tensor, y: Tensor, z: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,7 +154,7 @@ def gradients(
 
     S0, z0 = _split(initial_state, V) if normalize else (initial_state, None)
     dS1, dz1 = _split(dfinal_state, V) if normalize else (dfinal_state, None)
-    d = do.to(a.dtype)
+    d = time.within(do.to(a.dtype))
     ones = torch.ones_like(c[..., :1])
     if normalize:
         den = causal(a, b, ones, z0)[0] + EPS
@@ -197,7 +202,9 @@ def tangent(
     """Forward mode: the tangents of (o, final_state). Both sequences hold the operator's arguments in order."""
     q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse = primals
     tq, tk, tv, tg, tg_gamma, tS0 = tangents[:6]
-    a, b, c, gate = _prepare(q, k, v, g, g_gamma, scale)
+    V = v.shape[3]
+    time = _Time(v, cu_seqlens, reverse)
+    a, b, c, gate = _prepare(q, k, v, g, g_gamma, scale, time)
     ta, tb, tc, tgate = _prepare(
         torch.zeros_like(q) if tq is None else tq,
         torch.zeros_like(k) if tk is None else tk,
@@ -205,9 +212,8 @@ def tangent(
         tg,
         tg_gamma,
         scale,
+        time,
     )
-    V = v.shape[3]
-    time = _Time(v, cu_seqlens, reverse)
     # d exp(G_i - G_j) = (G'_i - G'_j) exp(G_i - G_j): the tangent of the gates is a difference of two calls
     G = None if tgate is None else time.cumsum(tgate)
 

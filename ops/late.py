@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _waiting: dict[str, list[Callable[[], None]]] = {}
+_looking = threading.local()  # the module that this thread asks the other finders for
 
 
 class _Finder(MetaPathFinder):
@@ -23,18 +25,21 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _waiting:
+        if fullname not in _waiting or getattr(_looking, "name", None) == fullname:
             return None
-        functions = _waiting.pop(fullname)  # popped first, so that the look-up below does not come back here
-        spec = importlib.util.find_spec(fullname)
+        _looking.name = fullname
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            _looking.name = None
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, functions)
+            spec.loader = _Then(spec.loader, fullname)
         return spec
 
 
 class _Then(Loader):
-    def __init__(self, loader: Loader, functions: list[Callable[[], None]]) -> None:
-        self.loader, self.functions = loader, functions
+    def __init__(self, loader: Loader, name: str) -> None:
+        self.loader, self.name = loader, name
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -44,7 +49,8 @@ class _Then(Loader):
         if spec is not None:
             spec.loader = module.__loader__ = self.loader  # what the module sees of itself is as it always was
         self.loader.exec_module(module)
-        for function in self.functions:
+        # Here and no earlier: a spec may be looked up and never executed, and a first import may fail.
+        for function in _waiting.pop(self.name, ()):
             function()
 
 

@@ -81,18 +81,20 @@ def chunk(
             # one chunk, heads before time: [B, HV, C, width]
             a, b, c = (x[:, t : t + chunk_size].transpose(1, 2) for x in (q, k, v))
             gates = a.new_zeros(a.shape[:3]) if g is None else g[:, t : t + chunk_size].transpose(1, 2)
-            G = gates.cumsum(-1)  # log-decay from the start of the chunk to token i, inclusive
+            # log-decay from the start of the chunk to token i, inclusive: in float64, since the differences of large
+            # ones keep the digits of small ones; and finite, since -inf less -inf is NaN (exp(-1000) is 0)
+            G = gates.double().clamp(min=-1000).cumsum(-1)
             # 1. What token j wrote reaches token i >= j of the same chunk, decayed by exp(G_i - G_j). The mask is
             #    inside the exponent: above the diagonal the difference is positive and could overflow.
             causal = torch.ones(a.shape[2], a.shape[2], dtype=torch.bool, device=a.device).tril()
-            W = (G[..., :, None] - G[..., None, :]).masked_fill(~causal, -torch.inf).exp()
+            W = (G[..., :, None] - G[..., None, :]).masked_fill(~causal, -torch.inf).exp().to(a.dtype)
             within = (a @ b.mT * W) @ c
             # 2. What came before the chunk stands in the state, decayed by exp(G_i).
-            before = G.exp()[..., None] * (a @ S)
+            before = G.exp().to(a.dtype)[..., None] * (a @ S)
             out.append((within + before).transpose(1, 2))
             # 3. The state moves to the end of the chunk: each token's write decays by exp(G_end - G_j).
             end = G[..., -1:]
-            S = end.exp()[..., None] * S + b.mT @ ((end - G).exp()[..., None] * c)
+            S = end.exp().to(a.dtype)[..., None] * S + b.mT @ ((end - G).exp().to(a.dtype)[..., None] * c)
         return (torch.cat(out, 1) if out else torch.zeros_like(v)), S
 
     return _per_sequence(
@@ -131,7 +133,7 @@ def _per_sequence(
     S0 = x.new_zeros(B if cu_seqlens is None else len(offsets) - 1, HV, K, x.shape[-1])
     if initial_state is not None:
         S0 = S0 + initial_state.to(dtype)
-    parts, states = [x[:, : offsets[0]] * 0], []  # tokens before the first offset
+    parts, states = [torch.zeros_like(x[:, : offsets[0]])], []  # tokens before the first offset
     for n, (start, end) in enumerate(itertools.pairwise(offsets)):
         S = S0 if cu_seqlens is None else S0[n : n + 1]
         inputs = [None if y is None else y[:, start:end] for y in (q, k, x, g)]
@@ -140,7 +142,7 @@ def _per_sequence(
         out, S = sequence(*inputs, S)
         parts.append(out.flip(1) if reverse else out)
         states.append(S)
-    parts.append(x[:, offsets[-1] :] * 0)  # tokens past the last offset
+    parts.append(torch.zeros_like(x[:, offsets[-1] :]))  # tokens past the last offset
     o = torch.cat(parts, 1)
     if normalize:
         o = o[..., :V] / (o[..., V:] + EPS)

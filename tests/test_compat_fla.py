@@ -259,6 +259,12 @@ def test_lightning_takes_no_decay_of_yours() -> None:
         (lambda: fla.chunk_simple_gla(Q, Q, Q, cu_seqlens=CU, cu_seqlens_cpu=CU[:1]), ValueError, "cu_seqlens_cpu"),
         (lambda: fla.chunk_simple_gla(None, Q, Q), TypeError, "q must be"),
         (lambda: fla.chunk_lightning_attn(Q, Q, Q, 0, 0), ValueError, "num_layers"),
+        (lambda: fla.chunk_lightning_attn(Q, Q, Q, None, 2), TypeError, "layer_idx must be an int: got layer_idx=None"),
+        (lambda: fla.chunk_lightning_attn(Q[:, :, :0], Q, Q, 0, 2), ValueError, "q must have at least one head"),
+        (lambda: fla.chunk_retention(Q[0, 0], Q, Q), ValueError, "q must have 4 dimensions"),
+        (lambda: fla.parallel_retention(Q[0], Q, Q), ValueError, "q must have 4 dimensions"),
+        (lambda: fla.chunk_simple_gla(Q[0, 0, 0], Q, Q), ValueError, "q must have 4 dimensions"),
+        (lambda: fla.parallel_simple_gla(Q[0, 0, 0], Q, Q), ValueError, "q must have 4 dimensions"),
         (lambda: fla.chunk_simple_gla(Q, Q, Q, state_v_first=1), TypeError, "state_v_first"),
         (
             lambda: fla.fused_recurrent_simple_gla(Q, Q, Q, state_v_first=True, transpose_state_layout=True),
@@ -294,6 +300,15 @@ def test_the_old_name_of_state_v_first(name: str) -> None:
     assert new[1].shape == (1, 2, 5, 3)
     for x, y in zip(old, new, strict=True):
         assert torch.equal(x, y)
+
+
+def test_resets_in_the_naive_forms() -> None:
+    q, k, v, g = rand(1, 70, 2, 3), rand(1, 70, 2, 3), rand(1, 70, 2, 5), -rand(1, 70, 2).abs() / 8
+    for reset in (-math.inf, -1e4):
+        g[:, ::9] = reset
+        want, _ = reference.recurrent(q.double(), k.double(), v.double(), g.double())
+        for function in (fla.naive_chunk_simple_gla, fla.naive_recurrent_simple_gla, fla.naive_parallel_simple_gla):
+            torch.testing.assert_close(function(q, k, v, g)[0].double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_retention_of_many_heads() -> None:

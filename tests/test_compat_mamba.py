@@ -214,6 +214,14 @@ def test_update_of_a_state_of_another_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(narrow, wide.to(dtype))
 
 
+def test_an_update_leaves_slots_that_it_does_not_name() -> None:
+    call = {"state": torch.randn(4, 2, 3, 4, dtype=torch.float64), **step()}
+    before = call["state"].clone()
+    selective_state_update(**{**call, "state_batch_indices": torch.tensor([2, -1])})
+    changed = (call["state"] != before).flatten(1).any(1)
+    assert changed.tolist() == [False, False, True, False]
+
+
 def test_update_without_a_dimension_for_heads() -> None:
     call, state = step(H=1), torch.randn(2, 1, 3, 4)
     flat = {name: x.squeeze(0 if name in "AD" else 1) if isinstance(x, Tensor) else x for name, x in call.items()}
@@ -277,6 +285,9 @@ IDX, CU = torch.zeros(1, 6, dtype=torch.int32), torch.tensor([0, 6])
         ({"x": X.to("meta")}, TypeError, "B must be on the device of x"),
         ({"z": X.to("meta")}, TypeError, "z must be on the device of x"),
         ({"seq_idx": IDX.to("meta")}, TypeError, "seq_idx must be on the device of x"),
+        ({"dt_limit": None}, ValueError, r"dt_limit must be \(low, high\), .*: got dt_limit=None"),
+        ({"dt_limit": (1, 2, 3)}, ValueError, r"got dt_limit=\(1, 2, 3\)"),
+        ({"dt_limit": (0.0, "a")}, ValueError, r"got dt_limit=\(0.0, 'a'\)"),
     ],
 )
 def test_scan_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

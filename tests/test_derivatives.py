@@ -3,6 +3,7 @@
 The expected values come from the same transform of `reference.recurrent`, and are checked not to be zero themselves.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -186,6 +187,61 @@ def test_third_derivative(name: str) -> None:
     for n in ("q", "g"):
         got, want = (jacrev(jacrev(grad(loss_of(f, x, n))))(x[n]) for f in (OPERATORS[name], reference.recurrent))
         same(got, want)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("form", [reference.recurrent, reference.chunk])
+def test_the_definition_gives_zeros_outside_every_sequence(form: Callable[..., Any], normalize: bool) -> None:
+    x = OPTIONS["gate"].but(B=1, T=7, cu=(2, 5), normalize=normalize, state=False).arguments()
+    want, _ = form(**x)
+    for n in ("q", "k", "v", "g"):
+        x[n][:, :2] = x[n][:, 5:] = torch.nan
+    assert torch.equal(form(**x)[0], want)
+    assert want[:, :2].count_nonzero() == 0 < want[:, 2:5].count_nonzero()
+
+
+@pytest.mark.parametrize("cu", [(0, 5), (2, 7), (1, 3, 3, 6)])
+@pytest.mark.parametrize("option", ["gate", "decay", "normalize"])
+@every_op
+def test_what_stands_outside_every_sequence_is_without_effect(name: str, option: str, cu: tuple[int, ...]) -> None:
+    """NaN there, in inputs, tangents and cotangents: values and derivatives are those of zeros in its place."""
+    x = OPTIONS[option].but(B=1, T=7, cu=cu).arguments()
+    outside = torch.ones(7, dtype=torch.bool)
+    for start, end in itertools.pairwise(cu):
+        outside[start:end] = False
+    names = differentiable(x)
+
+    def filled(value: float) -> list[Tensor]:
+        dirty = [x[n].clone() for n in names]
+        for n, y in zip(names, dirty, strict=True):
+            if n in ("q", "k", "v", "g"):
+                y[:, outside] = value
+        return dirty
+
+    function = function_of(OPERATORS[name], x, names)
+
+    def loss(*inputs: Tensor) -> Tensor:
+        o, *rest = function(*inputs)
+        return o[:, ~outside].sin().sum() + sum(y.sin().sum() for y in rest)
+
+    first = grad(loss, argnums=tuple(range(len(names))))
+
+    def curvature(*inputs: Tensor) -> Tensor:
+        return sum(y.square().sum() for y in first(*inputs))
+
+    def results(value: float) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        inputs, clean = filled(value), tuple(torch.randn_like(y) for y in filled(0.0))
+        directions = tuple(y.clone() for y in clean)
+        for n, y in zip(names, directions, strict=True):
+            if n in ("q", "k", "v", "g"):
+                y[:, outside] = value
+        second = vjp(first, *inputs)[1](directions)
+        third = jvp(grad(curvature, argnums=tuple(range(len(names)))), tuple(inputs), clean)[1]
+        tangents = (jvp(f, tuple(inputs), directions)[1] for f in (function, first))
+        return first(*inputs), second, third, *tangents
+
+    same(results(torch.nan), results(0.0))
 
 
 # ----------------------------------------------------------------------------------------------------------------- vmap

@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torch_la
 from cases import NAMES, OPERATORS, close, norm
+from torch_la.compat import fla, mamba
+from torch_la.generation import StateCache
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 FUNCTIONS = {**OPERATORS, "linear_attention": torch_la.linear_attention}
@@ -121,3 +124,50 @@ def test_sizes_that_the_data_tells(name: str, device: str) -> None:
                 got = run(x, keep, cu_seqlens)
             for a, b in zip(got, drop(x, keep, cu_seqlens), strict=True):
                 close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("function", ["scan", "naive", "attend"])
+def test_every_size_may_be_symbolic_around_the_operators(function: str) -> None:
+    """The Python code of `compat` and of the caches checks sizes while Dynamo traces it."""
+
+    def scan(x: Tensor, B: Tensor) -> Tensor:
+        return mamba.mamba_chunk_scan_combined(x, x[..., 0].abs(), -x[0, 0, :, 0].abs(), B, B, 8)
+
+    def naive(x: Tensor, _: Tensor) -> Tensor:
+        return fla.naive_recurrent_linear_attn(x, x, x)[0]
+
+    def attend(x: Tensor, _: Tensor) -> Tensor:
+        return StateCache(2, x.shape[2], x.shape[3], x.shape[3]).attend(x, x, x)
+
+    run = {"scan": scan, "naive": naive, "attend": attend}[function]
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True if function != "attend" else None)
+    torch.manual_seed(0)
+    for H, P, N in ((4, 3, 5), (6, 7, 4)):
+        inputs = torch.randn(2, 10, H, P), torch.randn(2, 10, 2, N)
+        close(compiled(*inputs), run(*inputs), 1e-5)
+    if function == "scan":
+        with pytest.raises(Exception, match=r"(B must be|Observed exception)"):
+            compiled(torch.randn(2, 10, 4, 3), torch.randn(2, 9, 2, 5))
+
+
+@pytest.mark.parametrize("function", ["mask", "cache", "scan"])
+def test_unbacked_lengths_around_the_operators(function: str) -> None:
+    layer = torch_la.nn.LinearAttention(8, 2)
+    x, mask, B = torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.long), torch.randn(2, 9, 2, 4)
+    mask[0, :3] = 0
+    cache = layer.make_cache(2)
+
+    def run(x: Tensor, mask: Tensor, B: Tensor) -> Tensor:
+        if function == "mask":
+            return layer(x, mask)
+        if function == "cache":
+            return layer(x, cache=cache)
+        heads = x.unflatten(-1, (2, 4))
+        return mamba.mamba_chunk_scan_combined(heads, heads[..., 0].abs(), -torch.ones(2), B, B, 8)
+
+    with torch.no_grad():
+        want = run(x, mask, B)
+        cache.reset()
+        for y in (x, mask, B):
+            mark_unbacked(y, 1)
+        close(torch.compile(run, backend="aot_eager", fullgraph=True)(x, mask, B), want, 1e-5)

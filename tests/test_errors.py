@@ -105,6 +105,7 @@ ATTENTION: list[Mistake] = [
         ValueError,
         "q must have at least one head: got q.shape=(2, 4, 0, 3)",
     ),
+    ({"v": zeros(2, 4, 0, 5)}, ValueError, "v must have at least one head: got v.shape=(2, 4, 0, 5)"),
     (
         {"v": zeros(2, 4, 3, 5)},
         ValueError,
@@ -329,7 +330,13 @@ STEP_TYPES: list[Mistake] = [
     ({"normalize": 0}, TypeError, "normalize must be a bool: got normalize=0 (int)"),
     ({"scale": [1]}, TypeError, "scale must be a number or None: got scale=[1] (list)"),
 ]
-EVERY = [*ATTENTION, *DEVICES, *TYPES, *OFFSETS, *GRADIENTS, *STEP, *STEP_DEVICES, *STEP_TYPES]
+CACHE: list[Mistake] = [
+    ({"slots": "3"}, TypeError, "slots must be an int: got slots='3' (str)"),
+    ({"heads": 2.0}, TypeError, "heads must be an int: got heads=2.0 (float)"),
+    ({"key_width": True}, TypeError, "key_width must be an int: got key_width=True (bool)"),
+    ({"draft": -1}, ValueError, "draft must be at least 0: got draft=-1"),
+]
+EVERY = [*CACHE, *ATTENTION, *DEVICES, *TYPES, *OFFSETS, *GRADIENTS, *STEP, *STEP_DEVICES, *STEP_TYPES]
 
 
 def table(mistakes: list[Mistake]) -> Any:
@@ -535,6 +542,39 @@ def test_vmap_of_the_step_maps_the_state() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         torch.func.vmap(lambda q: torch_la.recurrent_step(**{**x, "q": q}))(torch.zeros(3, *STEP_SIZES["q"]))
+
+
+@table(CACHE)
+def test_mistakes_in_the_sizes_of_a_cache(mistake: Mistake) -> None:
+    with says(mistake):
+        torch_la.generation.StateCache(**{"slots": 3, "heads": 2, "key_width": 4, "value_width": 4, **mistake[0]})
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        ([0, 20], TypeError, "cu_seqlens must be a torch.Tensor: got cu_seqlens=[0, 20] (list)"),
+        (torch.tensor(3), ValueError, "cu_seqlens must have 1 dimensions [N + 1]: got cu_seqlens.shape=()"),
+    ],
+)
+def test_offsets_that_are_none_where_the_operator_is_picked(cu_seqlens: Any, error: Any, message: str) -> None:
+    q = torch.zeros(1, 20, 2, 3)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        torch_la.linear_attention(q, q, q, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("o", "error", "message"),
+    [
+        (torch.zeros(2, 4, 4), ValueError, "o must have 4 dimensions [B, T, HV, V]: got o.shape=(2, 4, 4)"),
+        (torch.zeros(2, 5, 4, 5), ValueError, "o must be [B, T, HV, V] = (2, 4, 4, 5): got o.shape=(2, 5, 4, 5)"),
+        (torch.zeros(2, 4, 4, 5).half(), TypeError, "o must be torch.float32 like q: got o.dtype=torch.float16"),
+    ],
+)
+def test_normalize_output_names_o(o: Tensor, error: Any, message: str) -> None:
+    x = build(SIZES, {})
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        torch_la.normalize_output(o, x["q"], x["k"])
 
 
 def test_normalize_output_wants_a_tensor() -> None:

@@ -83,6 +83,36 @@ print("ok")
         assert run(code, ",".join(order)) == "ok"
 
 
+def test_a_module_that_is_only_looked_up_registers_when_it_is_imported() -> None:
+    """Libraries ask `find_spec` whether a module is there; a first import may fail, and a second one succeed."""
+    code = """
+import importlib.util, sys
+import torch_la
+for _ in range(2):
+    assert importlib.util.find_spec("torch.utils.flop_counter") is not None
+    assert importlib.util.find_spec("torch.distributed.tensor") is not None
+from torch_la.ops import late
+ran = []
+late.when_imported("wave", lambda: ran.append(1))
+sys.modules["struct"] = None
+try:
+    import wave
+except ImportError:
+    pass
+assert ran == []
+del sys.modules["struct"]
+import wave
+assert ran == [1]
+import torch
+from torch.utils.flop_counter import flop_registry
+from torch.distributed.tensor import DTensor
+assert torch.ops.la.chunk in flop_registry
+assert torch.ops.la.chunk.default in DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
+print("ok")
+"""
+    assert run(code) == "ok"
+
+
 FALLBACK = """
 import sys
 import torch

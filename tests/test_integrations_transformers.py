@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -299,6 +300,16 @@ def test_a_copy_stands_on_its_own() -> None:
             p.data.mul_(1.5)
         changed = other(**inputs, use_cache=False).logits
     assert (changed - m(**inputs, use_cache=False).logits).norm() > 0.1 * changed.norm()
+
+
+def test_a_pickled_copy_can_be_accelerated_again() -> None:
+    m, inputs = model("minimax", 1), padded(1)
+    with accelerate(m):
+        other = pickle.loads(pickle.dumps(m))
+        want = m(**inputs, use_cache=False).logits
+    with accelerate(other) as handle:
+        assert all("torch_la" in it.forward.__func__.__module__ for it in handle.modules.values())
+        assert torch.equal(other(**inputs, use_cache=False).logits, want)
 
 
 def test_twice() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -375,6 +376,8 @@ X = torch.zeros(2, 5, D)
     [
         ({"num_heads": 3}, ValueError, "num_heads must divide d_model, or give head_dim: got num_heads=3, d_model=8"),
         ({"num_heads": 0}, ValueError, "got num_heads=0"),
+        ({"num_heads": "2"}, TypeError, r"num_heads must be an int: got num_heads='2' \(str\)"),
+        ({"value_head_dim": 2.0}, TypeError, "value_head_dim must be an int"),
         ({"head_dim": 0}, ValueError, "head_dim must be at least 1: got head_dim=0"),
         ({"num_value_heads": 3}, ValueError, "multiple of num_heads: got num_value_heads=3, num_heads=2"),
         ({"feature_map": "softmax"}, ValueError, "feature_map must be one of .*: got feature_map='softmax'"),
@@ -442,6 +445,19 @@ def test_a_fixed_decay_is_where_the_weights_are() -> None:
     with torch.device("meta"):
         layer = LinearAttention(16, 2, decay="retnet")
     assert layer.g_gamma.device == layer.q_proj.weight.device
+
+
+def test_a_fixed_decay_follows_weights_that_are_assigned() -> None:
+    there = LinearAttention(16, 2, decay="retnet")
+    with torch.device("meta"):
+        model = torch.nn.Sequential(LinearAttention(16, 2, decay="retnet"))
+    model[0].load_state_dict(there.state_dict(), assign=True)
+    x = torch.randn(1, 5, 16)
+    assert torch.equal(model(x), there(x))
+    with torch.device("meta"):
+        model = torch.nn.Sequential(LinearAttention(16, 2, decay="retnet"))
+    model.load_state_dict({f"0.{name}": y for name, y in there.state_dict().items()}, assign=True)
+    assert torch.equal(pickle.loads(pickle.dumps(model)).to("cpu")(x), there(x))
 
 
 def test_padding_may_be_nan() -> None:

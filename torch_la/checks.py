@@ -31,6 +31,12 @@ def _require(condition: Any, message: Callable[[], str], error: type[Exception] 
         return
     if condition is False:
         raise error(message())
+    if torch.compiler.is_dynamo_compiling():  # it traces these lines, and cannot trace a message with a closure
+        from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+        if not guard_or_true(condition):  # undecided: left to the operator's fake function, which comes later
+            raise error(message())
+        return
     torch._check_with(error, condition, message)  # a SymBool: becomes a guard, or an assertion in the graph
 
 
@@ -41,7 +47,7 @@ def _ndim(name: str, x: Tensor, letters: str) -> None:
 
 
 def _shape(name: str, x: Tensor, wanted: Sequence[Any], letters: str) -> None:
-    if type(x) is Tensor and x.shape == wanted:
+    if type(x) is Tensor and not torch.compiler.is_dynamo_compiling() and x.shape == wanted:
         return  # plain sizes, and right: most calls are
     _ndim(name, x, letters)
     for size, right in zip(x.shape, wanted, strict=True):
@@ -82,10 +88,20 @@ def options(scale: Any, **flags: Any) -> None:
             raise TypeError(f"{name} must be a bool: got {name}={flag!r} ({type(flag).__name__})")
 
 
+def sizes(least: int = 1, **named: Any) -> None:
+    """TypeError unless every size is an int, ValueError unless it is at least `least`."""
+    for name, size in named.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int: got {name}={size!r} ({type(size).__name__})")
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}: got {name}={size}")
+
+
 def _qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What q, k and v share in every operator, once their numbers of dimensions are right."""
     (H, K), (HV, V) = q.shape[-2:], v.shape[-2:]
     _require(H > 0, lambda: f"q must have at least one head: got q.shape={tuple(q.shape)}")
+    _require(HV > 0, lambda: f"v must have at least one head: got v.shape={tuple(v.shape)}")
     _require(
         HV % H == 0,
         lambda: f"v must have a multiple of the heads of q: got v.shape={tuple(v.shape)}, q.shape={tuple(q.shape)}",

@@ -156,7 +156,8 @@ def select(q: Any, v: Any, cu_seqlens: Any) -> Any:
     tokens = q.shape[1] if isinstance(q, Tensor) and q.ndim == 4 else 0
     if _surely(tokens <= RECURRENT_TOKENS):
         return ops.recurrent.operator
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1
+    rows = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
     heads, width = (v.shape[2], v.shape[3]) if isinstance(v, Tensor) and v.ndim == 4 else (1, 1)
     filling = _surely(rows * heads * ((width + 63) // 64) >= FILLING_PROGRAMS)
     return ops.fused_chunk.operator if filling else ops.chunk.operator
@@ -242,7 +243,11 @@ def normalize_output(
     Raises:
         ValueError, TypeError: as in the operators.
     """
-    checks.tensors(o=o)
+    checks.tensors(o=o, q=q)
+    checks._ndim("q", q, "B, T, H, K")
+    checks._ndim("o", o, "B, T, HV, V")
+    checks._shape("o", o, (*q.shape[:2], *o.shape[2:]), "B, T, HV, V")
+    checks._dtype("o", o, q.dtype, "like q")
     ones = torch.ones_like(o[..., :1])
     den, z = linear_attention(
         *(q, k, ones, g, g_gamma),

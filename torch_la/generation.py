@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .functions import linear_attention, recurrent, recurrent_step
+from .functions import _surely, linear_attention, recurrent, recurrent_step
 from .ops import rules
 
 
@@ -74,16 +74,8 @@ class StateCache(nn.Module):
     ) -> None:
         super().__init__()
         HV = heads if value_heads is None else value_heads
-        for name, size, least in (
-            ("slots", slots, 1),
-            ("heads", heads, 1),
-            ("key_width", key_width, 1),
-            ("value_width", value_width, 1),
-            ("value_heads", HV, 1),
-            ("draft", draft, 0),
-        ):
-            if size < least:
-                raise ValueError(f"{name} must be at least {least}: got {name}={size}")
+        checks.sizes(slots=slots, heads=heads, key_width=key_width, value_width=value_width, value_heads=HV)
+        checks.sizes(0, draft=draft)
         if HV % heads:
             raise ValueError(f"value_heads must be a multiple of heads: got value_heads={HV}, {heads=}")
         if dtype not in (torch.float32, torch.float64):
@@ -140,7 +132,7 @@ class StateCache(nn.Module):
         """
         q, k, v = self._autocast(q, k, v)
         rows = self._check(q, k, v, g, g_gamma, slots, cu_seqlens)
-        if cu_seqlens is None and q.shape[1] == 1:
+        if cu_seqlens is None and _surely(q.shape[1] == 1):
             # the pool without its last row: a slot outside of it is skipped
             o = recurrent_step(
                 *(q[:, 0], k[:, 0], v[:, 0], self.state[: self.slots]),

@@ -98,16 +98,14 @@ class LinearAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checks.sizes(d_model=d_model, num_heads=num_heads)
         if head_dim is None:
-            if num_heads < 1 or d_model % num_heads:
+            if d_model % num_heads:
                 raise ValueError(f"num_heads must divide d_model, or give head_dim: got {num_heads=}, {d_model=}")
             head_dim = d_model // num_heads
         HV = num_heads if num_value_heads is None else num_value_heads
         V = head_dim if value_head_dim is None else value_head_dim
-        sizes = {"d_model": d_model, "num_heads": num_heads, "head_dim": head_dim}
-        for name, size in {**sizes, "num_value_heads": HV, "value_head_dim": V}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1: got {name}={size}")
+        checks.sizes(head_dim=head_dim, num_value_heads=HV, value_head_dim=V)
         if HV % num_heads:
             raise ValueError(f"num_value_heads must be a multiple of num_heads: got num_value_heads={HV}, {num_heads=}")
         checks.options(scale, normalize=normalize, tie_feature_maps=tie_feature_maps, bias=bias)
@@ -141,6 +139,7 @@ class LinearAttention(nn.Module):
         )
         self.decay_proj = nn.Linear(d_model, HV, **where) if self.decay == "data" else None
         self.decay_log = nn.Parameter(torch.empty(HV, **where)) if self.decay == "learnable" else None
+        self.register_load_state_dict_post_hook(_follow)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -271,10 +270,14 @@ class LinearAttention(nn.Module):
                 f"head_dim={self.head_dim}, {self.feature_map_q}"
             )
         if attention_mask is not None:
-            if attention_mask.ndim != 2 or attention_mask.shape != x.shape[:2]:
-                raise ValueError(
-                    f"attention_mask must be [B, T] = {tuple(x.shape[:2])}, 0 for padding: "
-                    f"got attention_mask.shape={tuple(attention_mask.shape)}"
+            sizes = zip(attention_mask.shape, x.shape[:2], strict=False)
+            for condition in (attention_mask.ndim == 2, *(size == right for size, right in sizes)):
+                checks._require(
+                    condition,
+                    lambda: (
+                        f"attention_mask must be [B, T] = {tuple(x.shape[:2])}, 0 for padding: "
+                        f"got attention_mask.shape={tuple(attention_mask.shape)}"
+                    ),
                 )
             if attention_mask.dtype.is_floating_point or attention_mask.dtype.is_complex:
                 raise TypeError(f"attention_mask must be bool or integer: got {attention_mask.dtype=}")
@@ -286,6 +289,13 @@ class LinearAttention(nn.Module):
             raise ValueError(f"slots and verify need a cache: got cache=None, {slots=}, {verify=}")
         if verify and cu_seqlens is not None:
             raise ValueError(f"verify takes one draft for each row, not packed sequences: got {cu_seqlens=}")
+
+
+def _follow(layer: LinearAttention, _: Any) -> None:
+    """A layer made on the meta device, whose weights were assigned: its fixed decay, which no state dict has, too."""
+    device = layer.q_proj.weight.device
+    if layer.g_gamma is not None and layer.g_gamma.device != device:
+        layer.g_gamma = torch.tensor(layer._fixed, dtype=torch.float32, device=device)
 
 
 def _feature_map(

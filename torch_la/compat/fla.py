@@ -88,6 +88,15 @@ def _v_first(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
     return state_v_first
 
 
+def _heads(q: Any) -> int:
+    """The heads of q, once it is known to have any: what is made from them comes before the operator's checks."""
+    checks.tensors(q=q)
+    checks._ndim("q", q, "B, T, H, K")
+    H: int = q.shape[2]
+    checks._require(H > 0, lambda: f"q must have at least one head: got q.shape={tuple(q.shape)}")
+    return H
+
+
 def _host_offsets(cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, T: int) -> None:
     """cu_seqlens_cpu saves fla a copy to the host. Here nothing is copied; what it says is checked."""
     if cu_seqlens_cpu is None:
@@ -275,6 +284,7 @@ def chunk_simple_gla(
     _chunk_size(kwargs)
     _unknown("chunk_simple_gla", kwargs)
     checks.tensors(q=q)
+    _heads(q)
     _host_offsets(cu_seqlens, cu_seqlens_cpu, q.shape[1])
     options: dict[str, Any] = {"scale": scale, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
     return _attend(functions.chunk, q, k, v, initial_state, state_v_first, g=g, g_gamma=g_gamma, **options)
@@ -358,6 +368,7 @@ def parallel_simple_gla(
     """
     checks.tensors(q=q)
     checks.options(None, output_attentions=output_attentions)
+    _heads(q)
     _host_offsets(cu_seqlens, cu_seqlens_cpu, q.shape[1])
     if output_attentions and cu_seqlens is not None:
         raise ValueError("output_attentions=True does not go with cu_seqlens: sequences of one row share no matrix")
@@ -404,8 +415,7 @@ def chunk_retention(
     """
     _chunk_size(kwargs)
     _unknown("chunk_retention", kwargs)
-    checks.tensors(q=q)
-    g_gamma = _retnet(q.shape[2], q.device)
+    g_gamma = _retnet(_heads(q), q.device)
     options: dict[str, Any] = {"scale": scale, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
     return _attend(functions.chunk, q, k, v, initial_state, g_gamma=g_gamma, **options)
 
@@ -421,8 +431,7 @@ def fused_chunk_retention(
     cu_seqlens: Tensor | None = None,
 ) -> Result:
     """`fused_chunk_simple_gla` with RetNet's decay."""
-    checks.tensors(q=q)
-    g_gamma = _retnet(q.shape[2], q.device)
+    g_gamma = _retnet(_heads(q), q.device)
     options: dict[str, Any] = {"scale": scale, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
     return _attend(functions.fused_chunk, q, k, v, initial_state, g_gamma=g_gamma, **options)
 
@@ -443,8 +452,7 @@ def fused_recurrent_retention(
     """`fused_recurrent_simple_gla` with RetNet's decay."""
     state_v_first = _v_first(state_v_first, kwargs)
     _unknown("fused_recurrent_retention", kwargs)
-    checks.tensors(q=q)
-    g_gamma = _retnet(q.shape[2], q.device)
+    g_gamma = _retnet(_heads(q), q.device)
     options: dict[str, Any] = {
         "scale": scale,
         "output_final_state": output_final_state,
@@ -464,8 +472,7 @@ def parallel_retention(
     cu_seqlens: Tensor | None = None,
 ) -> Result:
     """`parallel_simple_gla` with RetNet's decay."""
-    checks.tensors(q=q)
-    g = _retnet(q.shape[2], q.device).expand(q.shape[:3])
+    g = _retnet(_heads(q), q.device).expand(q.shape[:3])
     return parallel_simple_gla(q, k, v, g, scale, output_attentions, cu_seqlens)
 
 
@@ -478,8 +485,8 @@ _LAYER = """        layer_idx: the layer, from 0.
 
 def _lightning(heads: int, layer: int, layers: int, device: torch.device) -> Tensor:
     """fla's decay: linear in the head, 0 for head 0. Not that of MiniMax, Ling or MiniCPM: see `torch_la.decay`."""
-    if layers < 1:
-        raise ValueError(f"num_layers must be at least 1: got num_layers={layers}")
+    checks.sizes(0, layer_idx=layer)
+    checks.sizes(num_layers=layers)
     return -(8 / heads * (1 - layer / layers)) * torch.arange(heads, dtype=torch.float32, device=device)
 
 
@@ -504,8 +511,7 @@ def chunk_lightning_attn(
     """
     _chunk_size(kwargs)
     _unknown("chunk_lightning_attn", kwargs)
-    checks.tensors(q=q)
-    g_gamma = _lightning(q.shape[2], layer_idx, num_layers, q.device)
+    g_gamma = _lightning(_heads(q), layer_idx, num_layers, q.device)
     options: dict[str, Any] = {"scale": scale, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
     return _attend(functions.chunk, q, k, v, initial_state, g_gamma=g_gamma, **options)
 
@@ -524,8 +530,7 @@ def fused_recurrent_lightning_attn(
     cu_seqlens: Tensor | None = None,
 ) -> Result:
     """`fused_recurrent_simple_gla` with the decay of `chunk_lightning_attn`."""
-    checks.tensors(q=q)
-    g_gamma = _lightning(q.shape[2], layer_idx, num_layers, q.device)
+    g_gamma = _lightning(_heads(q), layer_idx, num_layers, q.device)
     options: dict[str, Any] = {
         "scale": scale,
         "output_final_state": output_final_state,

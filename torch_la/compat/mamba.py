@@ -211,6 +211,12 @@ def selective_state_update(
     pool = state.to(dtype)  # itself, where the dtype is right
     y = functions.recurrent_step(C, B, v, pool.mT, g, state_indices=state_batch_indices, scale=1.0)
     if state.dtype != dtype:
+        if (
+            state_batch_indices is not None
+        ):  # only slots that are named: where the pool is narrower, it rounded the others
+            slots = torch.arange(S, device=x.device)
+            named = (slots[:, None] == state_batch_indices[None, :]).any(1)
+            pool = torch.where(named[:, None, None, None], pool.to(state.dtype), state)
         state.copy_(pool)
     y = skip_and_gate(y, x, D, z)
     if state_batch_indices is not None:
@@ -232,9 +238,10 @@ def discretize(
         dt = dt + bias.to(dtype)
     if softplus:
         dt = F.softplus(dt)
+    pair = isinstance(limit, (tuple, list)) and len(limit) == 2
+    if not pair or not all(isinstance(x, (int, float)) for x in limit) or limit[0] > limit[1]:
+        raise ValueError(f"dt_limit must be (low, high), numbers with low <= high: got dt_limit={limit!r}")
     low, high = limit
-    if low > high:
-        raise ValueError(f"dt_limit must be (low, high) with low <= high: got dt_limit={limit}")
     if high < math.inf or low > (0 if softplus else -math.inf):  # else clamping would be work for nothing
         dt = dt.clamp(low, high)
     return (x * dt[..., None]).to(x.dtype), dt * A.to(dtype)

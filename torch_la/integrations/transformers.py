@@ -86,7 +86,8 @@ def accelerate(model: nn.Module) -> Accelerated:
             `state_dict` stay as they are. Call it before `torch.compile`.
 
     Returns:
-        a handle with `restore()`, which is also a context manager.
+        a handle with `restore()`, which is also a context manager. `copy.deepcopy` of the model keeps the replaced
+        forwards; pickle does not: accelerate the copy again.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -104,7 +105,9 @@ def accelerate(model: nn.Module) -> Accelerated:
         )
         if layer is None:
             continue
-        if "forward" in module.__dict__:
+        # (a copy by pickle binds a replaced forward anew by its name: to the module's own)
+        replaced = module.__dict__.get("forward")
+        if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
             raise RuntimeError(f"the forward of {name or 'the model'} has been replaced already: {module.forward!r}")
         theirs, ours = (list(inspect.signature(cls.forward).parameters) for cls in (type(module), layer))
         if theirs != ours:
