@@ -150,7 +150,10 @@ def test_the_operator_is_that_of_the_call(T: int, B: int, HV: int, V: int, packe
     told = torch_la.explain(q, q, v, cu_seqlens=cu)
     assert [told.op] == ["la::" + name for name in called]
     walks = B * HV * -(-V // 64)
-    assert told.why.startswith(f"T = {T} " if T <= 8 else f"N HV ceil(V / 64) = {walks} walks")
+    assert told.why.startswith(f"N HV ceil(V / 64) = {walks} walks")
+    there = torch_la.explain(q, q, v, cu_seqlens=cu, device="cuda")
+    assert there.op == ("la::recurrent" if T <= 8 else told.op)  # a CPU never gains by the recurrence
+    assert there.why.startswith(f"T = {T} is at most 8" if T <= 8 else told.why)
 
 
 @pytest.mark.parametrize("name", NAMES)

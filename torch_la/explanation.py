@@ -150,8 +150,8 @@ def explain(
     given = {"q": like(q), "k": like(k), "v": like(v), "g": like(g), "g_gamma": like(g_gamma)}
     given |= {"initial_state": like(initial_state), "cu_seqlens": like(cu_seqlens)}
     checks.attention(**given, normalize=normalize)
-    name = op or {x.operator: name for name, x in OPERATORS.items()}[select(q, v, cu_seqlens)]
-    why = "asked for" if op else _why(q, v, cu_seqlens)
+    name = op or {x.operator: name for name, x in OPERATORS.items()}[select(q, v, cu_seqlens, target.type)]
+    why = "asked for" if op else _why(q, v, cu_seqlens, target.type)
     counted = 0 if name == "recurrent" else rules.FLOP_CHUNK
     floors = _floors(given, output_final_state, normalize)
     forward = Pass("forward", rules.flops(q.shape, v.shape, counted, 1), floors[0])
@@ -182,10 +182,10 @@ def explain(
     return Explanation(f"{NAMESPACE}::{name}", why, path, forward, backward, tuple(notes))
 
 
-def _why(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> str:
+def _why(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, device: str) -> str:
     """The rule of `linear_attention` with the numbers of this call."""
     T, (HV, V) = q.shape[1], v.shape[2:]
-    if T <= RECURRENT_TOKENS:
+    if T <= RECURRENT_TOKENS and device != "cpu":
         return f"T = {T} is at most {RECURRENT_TOKENS}"
     walks = checks.states(q, cu_seqlens) * HV * -(-V // 64)
     side = "at least" if walks >= FILLING_PROGRAMS else "below"

@@ -121,7 +121,7 @@ def recurrent(
     )
 
 
-# Up to this many tokens the recurrence is the cheaper form; from this many walks on, one walk per head fills a GPU.
+# On a GPU: up to this many tokens the recurrence is the cheaper form; from this many walks on, one per head fills it.
 RECURRENT_TOKENS = 8
 FILLING_PROGRAMS = 128
 
@@ -143,18 +143,22 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention by the operator that suits the shapes.
 
-    The rule reads shapes alone, so it traces: `recurrent` for at most 8 tokens; `fused_chunk` where
-    N * HV * ceil(V / 64), the walks that run at once, is at least 128; else `chunk`. While tracing with dynamic sizes,
-    `chunk` too wherever they would decide.
+    The rule reads shapes and the device alone, so it traces: `recurrent` for at most 8 tokens, but not on a CPU, where
+    `chunk` is as fast for one token and faster for two; `fused_chunk` where N * HV * ceil(V / 64), the walks that run
+    at once, is at least 128; else `chunk`. While tracing with dynamic sizes, `chunk` too wherever they would decide.
     """
     operator = select(q, v, cu_seqlens)
     return operator(q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
 
 
-def select(q: Any, v: Any, cu_seqlens: Any) -> Any:
-    """The operator that `linear_attention` calls; any of them for arguments that all refuse."""
-    tokens = q.shape[1] if isinstance(q, Tensor) and q.ndim == 4 else 0
-    if _surely(tokens <= RECURRENT_TOKENS):
+def select(q: Any, v: Any, cu_seqlens: Any, device: str | None = None) -> Any:
+    """The operator that `linear_attention` calls on this type of device, by default that of q.
+
+    Any of them for arguments that all refuse.
+    """
+    if not (isinstance(q, Tensor) and q.ndim == 4):
+        return ops.chunk.operator
+    if (device or q.device.type) != "cpu" and _surely(q.shape[1] <= RECURRENT_TOKENS):
         return ops.recurrent.operator
     packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1
     rows = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
