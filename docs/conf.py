@@ -221,12 +221,12 @@ def _aims() -> dict[str, str]:
         x = round(r["ms"] / r["floor_ms"], 2)
         return judged(x, x <= goal)
 
-    def cost(gate: str, goal: float) -> str:
+    def cost(gate: str, goal: float, mode: str = "forward") -> str:
         costs = []
         for name in ("D 128", "D 64"):  # the last record that has both
             groups = {(shapes[name], gate), (shapes[name], "none")}
             run = next(run for run in reversed(runs) if groups <= {bench.group(r) for r in run})
-            x = ratio(row(name, gate, run=run), row(name, run=run)) - 1
+            x = ratio(row(name, gate, mode, run), row(name, mode=mode, run=run)) - 1
             costs.append(judged(x, x <= goal, ".0%"))
         return " and ".join(costs)
 
@@ -267,6 +267,8 @@ def _aims() -> dict[str, str]:
         "forward_elsewhere": ", ".join(f"{r['shape'].replace('_', ' ')} {floor(r, 1.9)}" for r in rows if plain(r)),
         "both_floor": floor(row("D 128", mode=both), 2),
         "gates": f"`g` {cost('g', 0.15)}, `g_gamma` {cost('g_gamma', 0.05)}, the normaliser {cost('normalize', 0.15)}",
+        "gates_both": f"`g` {cost('g', 0.15, both)}, `g_gamma` {cost('g_gamma', 0.05, both)}, "
+        f"the normaliser {cost('normalize', 0.15, both)}",
         "packed": f"forward {packing('forward')}, forward and backward {packing(both)}",
         "memory": ", ".join(map(memory, ("D 128", "D 64"))),
         "decode": ", ".join(
@@ -296,6 +298,12 @@ def _wrong_picks() -> str:
     return "\n".join(parts)
 
 
+def _few() -> str:
+    rows = _record("gpu_few")["rows"]
+    names = ["B", "T", "gate", "recurrent", "chunk"]
+    return _table(names, [[str(r[n]) for n in names] for r in rows])
+
+
 _overhead = _record("overhead")
 _calls = ["call", "forward", "forward, recorded for a gradient", "forward and backward"]
 _columns = ["forward", "forward_recorded", "forward_and_backward"]
@@ -312,10 +320,13 @@ def _models(where: str) -> dict:
 
 
 _gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer", "pytest")}
-_hopper = _record("gpu_cases_hopper")["cases"]
-_on_hopper = [c["case"] for c in _hopper if "on Hopper" in c.get("copied", "")]
-_gpu["hopper"] = {"count": len(_hopper), "wrong": sum(not c["ok"] for c in _hopper), "passes": len(_on_hopper)}
-_gpu["hopper"]["edge"] = sum(" edge " in name for name in _on_hopper)
+_copied = [c for c in _gpu["cases"]["cases"] if " copied" in c["case"]]
+_gpu["copied"] = {
+    "asked": len(_copied),
+    "had": sum(bool(c.get("copied")) for c in _copied),
+    "half": sum(bool(c.get("copied")) for c in _copied if " fp16 " in c["case"]),
+    "hopper": sum("on Hopper" in c.get("copied", "") for c in _copied),
+}
 _gpu["cases"] |= {"count": len(_gpu["cases"]["cases"]), "wrong": sum(not c["ok"] for c in _gpu["cases"]["cases"])}
 _gpu["pytest"] |= {
     "passed": sum(f["passed"] for f in _gpu["pytest"]["files"]),
@@ -328,6 +339,7 @@ _tables = {"cases": _worst, "timing": _timing, "sanitizer": _findings}
 myst_substitutions = {
     "bench": {where: _benchmark_table(where) for where in ("gpu", "peer_gpu", "cpu")} | {"wrong": _wrong_picks()},
     "aim": _aims(),
+    "few": _few(),
     "compile": _compile(),
     "overhead": {**_overhead, "table": _table(_calls, _overhead_rows)},
     "models": {where: _models(where) for where in ("cpu", "gpu")},

@@ -120,7 +120,7 @@ def test_launches_that_wait_are_dropped_with_an_error() -> None:
 def test_only_the_first_call_of_a_kind_waits() -> None:
     def plan(T: int, dtype: torch.dtype = torch.float16, device: int | None = 0) -> Any:
         x = torch.zeros(1, T, 1, 16, dtype=dtype)
-        args = ("chunk", "forward", False, False, False, False, device, 132, 9, False, tiles.settings())
+        args = ("chunk", "forward", False, False, False, False, False, device, 132, 9, False, tiles.settings())
         return planned(*args, form(x, x, x, None, None, None, None))
 
     def waits(plan: Any) -> bool:
@@ -346,8 +346,8 @@ def test_what_is_read_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.zeros(2, T, 3, width, dtype=dtype)
         q = other.get("q", x)
         plan = launch._plan(
-            other.get("op", "chunk"), other.get("kernel", "forward"), False, False, other.get("in_blocks", False),
-            q, x, x, None, other.get("gamma"), other.get("cu"), None, None, x,
+            other.get("op", "chunk"), other.get("kernel", "forward"), False, False, False,
+            other.get("gate_grad", False), q, x, x, None, other.get("gamma"), other.get("cu"), None, None, x,
         )  # fmt: skip
         return plan.views
 
@@ -363,8 +363,10 @@ def test_what_is_read_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert views(kernel="backward", width=64) is None
     assert views(kernel="backward", width=64, gamma=torch.zeros(3)) is not None
     assert views(kernel="backward") is not None
-    assert views(kernel="backward", in_blocks=True) is None  # one program for a block
-    assert views(kernel="backward", in_blocks=True, width=256) is not None
+    assert views(kernel="backward", gate_grad=True, width=256) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "hopper", False)
+        assert views(kernel="backward", gate_grad=True) is None  # one program for a block
     x = torch.zeros(2, 1024, 3, 256, dtype=torch.float16)
     assert views(q=x[..., 8:136])[0] == ([2, 3, 1024, 128], [1024 * 768, 256, 768, 1])
     assert views(q=x[..., 4:132]) is None  # starts between two multiples of 16 bytes

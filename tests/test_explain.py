@@ -125,7 +125,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("T", [1, 8, 9, 200])
+@pytest.mark.parametrize("T", [1, 4, 5, 200])
 @pytest.mark.parametrize(("B", "HV", "V"), [(2, 4, 64), (4, 32, 64), (1, 64, 65), (1, 64, 64)])
 def test_the_operator_is_that_of_the_call(T: int, B: int, HV: int, V: int, packed: bool) -> None:
     called = []
@@ -151,9 +151,12 @@ def test_the_operator_is_that_of_the_call(T: int, B: int, HV: int, V: int, packe
     assert [told.op] == ["la::" + name for name in called]
     walks = B * HV * -(-V // 64)
     assert told.why.startswith(f"N HV ceil(V / 64) = {walks} walks")
-    there = torch_la.explain(q, q, v, cu_seqlens=cu, device="cuda")
-    assert there.op == ("la::recurrent" if T <= 8 else told.op)  # a CPU never gains by the recurrence
-    assert there.why.startswith(f"T = {T} is at most 8" if T <= 8 else told.why)
+    S = torch.zeros(B, HV, 2, V)
+    assert torch_la.explain(q, q, v, initial_state=S, cu_seqlens=cu).op == told.op  # a CPU never gains by recurrence
+    assert torch_la.explain(q, q, v, cu_seqlens=cu, device="cuda").op == told.op
+    there = torch_la.explain(q, q, v, initial_state=S, cu_seqlens=cu, device="cuda")
+    assert there.op == ("la::recurrent" if T <= 4 else told.op)
+    assert there.why.startswith(f"T = {T} behind an initial state is at most 4" if T <= 4 else told.why)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -301,6 +304,15 @@ def test_the_tiles_are_those_of_the_gpu_that_is_here(monkeypatch: pytest.MonkeyP
         q = meta(4, 8192, 8, width)
         told = torch_la.explain(q, q, q)
         assert [it.name for it in told.backward.launches or ()] == names
+    q, g = meta(8, 4096, 16, 128), meta(8, 4096, 16, dtype=torch.float32)
+    first, second, last = (torch_la.explain(q, q, q, g).backward.launches or ())[1:]
+    assert [first.name, second.name, last.name] == ["hopper.backward", "hopper.backward", "gate_gradient"]
+    # each reads the four inputs and the gates; the states of all chunks pass from one to the other; q.dq and k.dk
+    both = (4 + 2) * q.nbytes + (1 + 21) * g.nbytes
+    assert first.bytes == both + 2 * q.nbytes
+    assert second.bytes == both + q.nbytes + g.nbytes // 8 + g.nbytes // 64
+    told = torch_la.explain(q, q, q, normalize=True)
+    assert [it.name for it in told.forward.launches or ()] == ["hopper.walk"]
 
 
 def test_recurrent_has_one_stage() -> None:

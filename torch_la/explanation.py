@@ -150,8 +150,10 @@ def explain(
     given = {"q": like(q), "k": like(k), "v": like(v), "g": like(g), "g_gamma": like(g_gamma)}
     given |= {"initial_state": like(initial_state), "cu_seqlens": like(cu_seqlens)}
     checks.attention(**given, normalize=normalize)
-    name = op or {x.operator: name for name, x in OPERATORS.items()}[select(q, v, cu_seqlens, target.type)]
-    why = "asked for" if op else _why(q, v, cu_seqlens, target.type)
+    name = (
+        op or {x.operator: name for name, x in OPERATORS.items()}[select(q, v, initial_state, cu_seqlens, target.type)]
+    )
+    why = "asked for" if op else _why(q, v, initial_state, cu_seqlens, target.type)
     counted = 0 if name == "recurrent" else rules.FLOP_CHUNK
     floors = _floors(given, output_final_state, normalize)
     forward = Pass("forward", rules.flops(q.shape, v.shape, counted, 1), floors[0])
@@ -182,11 +184,11 @@ def explain(
     return Explanation(f"{NAMESPACE}::{name}", why, path, forward, backward, tuple(notes))
 
 
-def _why(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, device: str) -> str:
+def _why(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, device: str) -> str:
     """The rule of `linear_attention` with the numbers of this call."""
     T, (HV, V) = q.shape[1], v.shape[2:]
-    if T <= RECURRENT_TOKENS and device != "cpu":
-        return f"T = {T} is at most {RECURRENT_TOKENS}"
+    if initial_state is not None and T <= RECURRENT_TOKENS and device != "cpu":
+        return f"T = {T} behind an initial state is at most {RECURRENT_TOKENS}"
     walks = checks.states(q, cu_seqlens) * HV * -(-V // 64)
     side = "at least" if walks >= FILLING_PROGRAMS else "below"
     return f"N HV ceil(V / 64) = {walks} walks, {side} the {FILLING_PROGRAMS} that fill a GPU"
@@ -250,7 +252,8 @@ class _Note:
             for name, x in zip(self.arguments, arguments, strict=False):
                 x = getattr(x, "base", x)  # a descriptor of a tensor
                 # Arguments that a kernel will not touch are pointers to the tokens, under names that are not theirs.
-                if isinstance(x, Tensor) and (name in TOKENS or not getattr(x, "tokens", False)):
+                other = not options.get("ROLES", 7) & ROLES.get(name, 7)
+                if isinstance(x, Tensor) and not other and (name in TOKENS or not getattr(x, "tokens", False)):
                     touched[x.untyped_storage()._cdata, int(x.storage_offset())] = x.nbytes
             count = sum(touched.values())
             if self.name == "scan":  # in place: reads and writes
@@ -263,6 +266,7 @@ class _Note:
         return launch
 
 
+ROLES = {"dq": 1, "across": 1, "factor": 1, "dk": 2, "dv": 4}  # of hopper.backward: who writes what
 TOKENS = ("q", "k", "v", "o", "do", "q_n", "k_n", "do_n", "a", "b", "c")
 
 

@@ -93,12 +93,19 @@ def _vector(x: Tensor | None) -> Tensor | None:
 
 
 def _plan(
-    op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, q: Tensor, *inputs: Tensor | None
+    op: str,
+    kernel: str,
+    normalize: bool,
+    reverse: bool,
+    in_blocks: bool,
+    gate_grad: bool,
+    q: Tensor,
+    *inputs: Tensor | None,
 ) -> Plan:
     """The plan of a call. `inputs`: all other tensors that it is given: k, v, g, g_gamma, cu_seqlens, then the rest."""
     device = q.get_device() if q.is_cuda else None
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    options = op, kernel, normalize, reverse, in_blocks, exact
+    options = op, kernel, normalize, reverse, in_blocks, gate_grad, exact
     describable = _copies_tiles(device)
     for x in (q, *inputs[:2], *inputs[7:8]):
         if x is None or x.data_ptr() & 15:
@@ -296,7 +303,9 @@ def _role_launch(plan: Plan, role: int, has_s0: bool, has_s1: bool) -> Launch:
     M, N = (plan.V, plan.K) if role in (1, 3) else (plan.K, plan.V)
     options = _hopper_options(plan, M)
     programs = ceil(N, 64 * options["NC"]) * plan.HV * plan.slots
-    return Launch(programs, MIRROR=role >= 2, HAS_S0=has_s0, HAS_S1=has_s1, **options)
+    return Launch(
+        programs, MIRROR=role >= 2, NORMALIZE=plan.normalize, EPS=EPS, HAS_S0=has_s0, HAS_S1=has_s1, **options
+    )
 
 
 def _near(state: Tensor | None) -> Tensor | None:
@@ -327,19 +336,43 @@ def _role_on_hopper(
 
 
 @remembered
-def _roles_launch(plan: Plan, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
+def _roles_launch(plan: Plan, roles: int, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
     options = _hopper_options(plan, max(plan.K, plan.V))
-    block = 64 * options["NC"]
-    programs = (2 * ceil(plan.K, block) + ceil(plan.V, block)) * plan.HV * plan.slots
-    return Launch(programs, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0, **options)
+    TK, TV = ceil(plan.K, plan.tile.block), ceil(plan.V, plan.tile.block)
+    programs = (TK * (roles & 1) + TK * (roles >> 1 & 1) + TV * (roles >> 2)) * plan.HV * plan.slots
+    return Launch(
+        programs, SUMS=plan.gate_grad, ROLES=roles, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0, **options
+    )
+
+
+class _Sums:
+    """What dg is made of, as gate_gradient takes it."""
+
+    def __init__(self, plan: Plan, slots: int, q: Tensor) -> None:
+        TK, TV = plan.output_tiles
+        self.counts = TK, TK, TK
+        parts = TV
+        self.kept = q
+        if plan.on_hopper:  # a part for each warp
+            consumers = plan.tile.block // 64
+            parts = TK * consumers * 4
+            self.counts = parts + TK, TK * 4, parts
+            size = TK * plan.tile.block * 128
+            self.kept = torch.empty(slots, plan.HV, size, dtype=q.dtype, device=q.device)
+        self.rho = torch.empty(sum(self.counts), plan.B * plan.HV, plan.T, dtype=torch.float32, device=q.device)
+        self.across = torch.empty(slots, plan.HV, parts, dtype=torch.float32, device=q.device)
+        self.factor = torch.empty(slots, plan.HV, dtype=torch.float32, device=q.device) if plan.on_hopper else self.rho
 
 
 def _backward_on_hopper(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     R: Tensor | None, gamma: Tensor | None, start: Tensor | None, dend: Tensor | None, dstart: Tensor | None,
-    scale: float, d_scale: float,
+    sums: _Sums | None, scale: float, d_scale: float,
 ) -> None:  # fmt: skip
-    """Up to a width of 128 in one launch, whose roles share L2. Wider ones compile faster, and run as fast, apart."""
+    """Up to a width of 128 in one launch, whose roles share L2. Wider ones compile faster, and run as fast, apart.
+
+    With gradients of gates in two: dq reads the dS of every chunk, which dk keeps.
+    """
     if max(plan.K, plan.V) > 128:
         gates = R, gamma
         _role_on_hopper(plan, 1, do, v, k, (3, 2, 1), dq, *gates, start, None, scale)
@@ -349,15 +382,16 @@ def _backward_on_hopper(
     assert plan.views is not None
     start, dend = _near(start), _near(dend)
     read, views, S0, dS1 = (q, k, v, do), plan.views, _or(start, q), _or(dend, q)
-    launch = _roles_launch(plan, start is not None, dend is not None, dstart is not None)
-    launch(
-        _hopper_backward,
+    found = (q, q, q, q) if sums is None else (sums.rho, sums.kept, sums.across, sums.factor)
+    args = (
         *(hopper.described(x, view, 128) for x, view in zip(read, views, strict=True)),
         *(hopper.described(read[i], views[i], 64) for i in (0, 1, 3)),
         *(hopper.described(x, view_of(x.shape, x.stride(), False), 64) for x in (dq, dk, dv)),
-        _or(R, q), _or(gamma, q), S0, *S0.stride(), dS1, *dS1.stride(), _or(dstart, q),
-        plan.T, plan.H, plan.HV, plan.K, plan.V, plan.cuts, plan.length, scale, d_scale,
+        _or(R, q), _or(gamma, q), S0, *S0.stride(), dS1, *dS1.stride(), _or(dstart, q), *found,
+        plan.T, plan.H, plan.HV, plan.K, plan.V, plan.cuts, plan.length, scale, d_scale, plan.B * plan.HV, plan.blocks,
     )  # fmt: skip
+    for roles in (7,) if sums is None else (6, 1):
+        _roles_launch(plan, roles, start is not None, dend is not None, dstart is not None)(_hopper_backward, *args)
 
 
 def forward(
@@ -385,7 +419,7 @@ def forward(
         return torch.zeros(B, T, HV, V, dtype=v.dtype, device=v.device), final
     q, k, v = _rows(q), _rows(k), _rows(v)
     g_gamma, cu_seqlens = _vector(g_gamma), _vector(cu_seqlens)
-    plan = _plan(op, "forward", normalize, reverse, False, q, k, v, g, g_gamma, cu_seqlens, initial_state)
+    plan = _plan(op, "forward", normalize, reverse, False, False, q, k, v, g, g_gamma, cu_seqlens, initial_state)
     with _on(q), _begin(plan):
         o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
         cu = _or(cu_seqlens, q)
@@ -437,12 +471,13 @@ def _backward_launch(
 
 
 @remembered
-def _gate_gradient_launch(plan: Plan, layout: int, total: bool) -> Launch:
-    TK, TV = plan.output_tiles
+def _gate_gradient_launch(plan: Plan, layout: int, total: bool, counts: tuple[int, int, int], across: int) -> Launch:
+    read, inside, wrote = counts
     NB = max(1, 1024 // plan.C)
     return Launch(
         plan.HV * ceil(plan.block_slots, NB),
-        TILES=TK, ACROSS=TV, REVERSE=plan.reverse, LAYOUT=layout, SUM=total, C=plan.C, NB=NB, num_warps=4,
+        READ=read, INSIDE=inside, WROTE=wrote, ACROSS=across, FACTOR=plan.on_hopper,
+        REVERSE=plan.reverse, LAYOUT=layout, SUM=total, C=plan.C, NB=NB, num_warps=4,
     )  # fmt: skip
 
 
@@ -492,9 +527,9 @@ def backward(
     groups = HV // H
     rho_wanted = wants_dg or wants_dgamma
     # (with the normaliser, wide heads are as fast in blocks)
-    in_blocks = rho_wanted or tiles.in_blocks or (normalize and max(K, V) > 128)
+    in_blocks = tiles.in_blocks or (normalize and max(K, V) > 128)
     inputs = q, k, v, g, g_gamma, cu_seqlens, initial_state, o, do, dfinal_state
-    plan = _plan(op, "backward", normalize, reverse, in_blocks, *inputs)
+    plan = _plan(op, "backward", normalize, reverse, in_blocks, rho_wanted, *inputs)
     with _on(q), _begin(plan):
         # Float32 where groups are summed; but hopper.py writes the dtype that it reads.
         dqk = torch.float32 if groups > 1 and not plan.on_hopper else q.dtype
@@ -518,8 +553,8 @@ def backward(
         if plan.cut and not normalize:
             dend = _segment_states(plan, q, do, *gates, packed, None, dfinal_state, dS0, scale, mirror=True)
             d_scale, dstart = 1.0, None
-        if plan.blocks:
-            block_layout = DENSE if cu_seqlens is None else PACKED_CUT
+        block_layout = DENSE if cu_seqlens is None else PACKED_CUT
+        if plan.in_blocks or normalize:
             kept = _Kept(plan, q, k, v, do, *gates, packed, scale)
             if plan.in_blocks:
                 both = not normalize
@@ -544,13 +579,9 @@ def backward(
                 layout, cuts, length, slots = block_layout, plan.blocks, plan.C, plan.block_slots
                 start, dend, dstart, d_scale = kept.states[0], kept.states[1], None, 1.0
                 packed = block_packed
-        TK, TV = plan.output_tiles
-        rho = across = q
-        if rho_wanted:
-            rho = torch.empty(3, TK, B * HV, T, dtype=torch.float32, device=device)
-            across = torch.empty(slots, HV, TV, dtype=torch.float32, device=device)
+        sums = _Sums(plan, plan.block_slots, q) if rho_wanted else None
         if plan.on_hopper:
-            _backward_on_hopper(plan, q, k, v, do, dq, dk, dv, *gates, start, dend, dstart, scale, d_scale)
+            _backward_on_hopper(plan, q, k, v, do, dq, dk, dv, *gates, start, dend, dstart, sums, scale, d_scale)
         else:
             S0, dS1 = _or(start, q), _or(dend, q)
             BK, BV, BN, tiles_of = plan.rows(K), plan.rows(V), plan.columns(max(K, V)), plan.described
@@ -561,19 +592,21 @@ def backward(
                 _backward,
                 tiles_of(q, 0, BK), *q_, tiles_of(k, 1, BK), *k_, tiles_of(v, 2, BV), *v_, tiles_of(do, 3, BV), *do_,
                 tiles_of(q, 0, BN), tiles_of(k, 1, BN), tiles_of(do, 3, BN), dq, dk, dv,
-                _or(R, q), _or(g_gamma, q), *(weights or (q, q)), rho, across, S0, *S0.stride(),
+                _or(R, q), _or(g_gamma, q), *(weights or (q, q)),
+                *((q, q) if sums is None else (sums.rho, sums.across)), S0, *S0.stride(),
                 dS1, *dS1.stride(), z, dz, _or(dstart, q), *packed,
                 T, N, H, HV, cuts, length, slots, B * HV, scale, d_scale,
             )  # fmt: skip
         dg = dgamma = None
-        if rho_wanted:
-            launch = _gate_gradient_launch(plan, layout, wants_dgamma)
+        if sums is not None:
+            launch = _gate_gradient_launch(plan, block_layout, wants_dgamma, sums.counts, sums.across.shape[2])
             programs = launch.grid[0] // HV
-            part = torch.empty(programs, HV, dtype=torch.float32, device=device) if wants_dgamma else rho
+            part = torch.empty(programs, HV, dtype=torch.float32, device=device) if wants_dgamma else q
             dg = torch.empty(B, T, HV, dtype=g.dtype, device=device) if wants_dg and g is not None else None
             launch(
                 _gate_gradient,
-                rho, across, _or(dg, rho), part, *packed, T, N, HV, cuts, slots, B * HV,
+                sums.rho, sums.across, sums.factor, _or(dg, sums.rho), part, *block_packed,
+                T, N, HV, plan.blocks, plan.block_slots, B * HV,
             )  # fmt: skip
     if wants_dgamma and g_gamma is not None:
         dgamma = part.sum(0).to(g_gamma.dtype)

@@ -55,6 +55,7 @@ class Plan:
     reverse: bool
     tokens: bool  # token by token, in exact float32
     in_blocks: bool  # the backward: blocks of one chunk, whose states are kept in memory
+    gate_grad: bool  # the backward: with gradients of gates
     dtype: torch.dtype  # of q, k and v
     precision: str  # of products
     kind: str  # of the rows of the tile table
@@ -141,8 +142,9 @@ def view_of(shape: tuple[int, ...], stride: tuple[int, ...], packed: bool) -> Vi
 
 @remembered
 def planned(
-    op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, exact: bool, device: int | None,
-    processors: int, describable: int, gluon: bool, settings: tuple[Any, ...], inputs: tuple[Any, ...],
+    op: str, kernel: str, normalize: bool, reverse: bool, in_blocks: bool, gate_grad: bool, exact: bool,
+    device: int | None, processors: int, describable: int, gluon: bool, settings: tuple[Any, ...],
+    inputs: tuple[Any, ...],
 ) -> Plan:  # fmt: skip
     """The plan of calls of one form. `inputs`: the `form` of all tensors, in the order of launch.py.
 
@@ -159,21 +161,28 @@ def planned(
     read = (*inputs[:3], *inputs[8:9])
     views: tuple[View, ...] | None = None
     large = tiles.described <= B * T * HV * (K + V)
-    known = in_blocks or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)
+    width = max(K, V)
+    gluon = (
+        gluon and tiles.hopper and describable == 9 and kernel not in tiles.override and packed is None
+        and width > 64 and K % 8 == V % 8 == 0 and not (in_blocks or (gate_grad and width > 128))
+        and not (normalize and (kernel == "backward" or dtype != torch.bfloat16))
+    )  # fmt: skip
+    known = (
+        in_blocks or gate_grad or gluon or tiles.copies(kernel, tiles.name(kind, False, True, normalize, gate), K, V)
+    )
     if describable and large and known and op != "recurrent" and kind == "half":
         seen = [view_of(x[1], x[2], packed is not None) for x in read]
         views = tuple(x for x in seen if x) if all(seen) else None
-    on = ""  # hopper.py
-    if (
-        tiles.hopper and views is not None and describable == 9 and gluon
-        and kernel not in tiles.override and max(K, V) > 64 and K % 8 == V % 8 == 0
-        and not (in_blocks or normalize) and packed is None
-    ):  # fmt: skip
+    on = ""
+    gluon &= views is not None
+    in_blocks |= gate_grad and not gluon
+    if gluon:
         # Two consumers of a program read a and b once for both. But half of the processors must not stand idle for
-        # that, no sequence be cut; and wide states gain only where all processors have work.
+        # that, no sequence be cut; and wide states gain only where all processors have work, and not with the
+        # normaliser, for whose sums two of them leave no registers.
         pairs = B * HV * ceil(V if kernel == "forward" else min(K, V), 128)
-        cuts_below = 1.1 if op == "chunk" and kernel == "forward" else 2
-        few = pairs * (1 if max(K, V) > 128 else cuts_below) < processors
+        cuts_below = 1.1 if gate_grad or (op == "chunk" and kernel == "forward") else 2
+        few = pairs * (1 if width > 128 else cuts_below) < processors or (normalize and width > 128)
         on = "hopper_few" if few else "hopper"
         tile = tiles.tile(on, kind, K, V)
     else:
@@ -189,7 +198,7 @@ def planned(
     programs = HV * ceil(V, walks.block)
     if in_blocks:
         programs *= 1 if normalize else 2
-    elif kernel == "backward" and on and max(K, V) > 128:  # one launch for each role
+    elif kernel == "backward" and on and (width > 128 or gate_grad):  # one launch for each role, or for dq
         programs = min(programs, HV * ceil(K, walks.block))
     elif kernel == "backward":
         programs += 2 * HV * ceil(K, walks.block)
@@ -212,14 +221,14 @@ def planned(
     if in_blocks and max(power(K), power(V)) <= tile.block:
         views = None  # one program does a whole block then: more of it goes through registers
     plan = Plan(
-        B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, in_blocks, dtype, precision, kind, tile,
-        layout, cuts, length, slots, tuple(x[2][:3] for x in read), views, on,
+        B, T, H, HV, K, V, V + normalize, N, gate, normalize, reverse, tokens, in_blocks, gate_grad, dtype, precision,
+        kind, tile, layout, cuts, length, slots, tuple(x[2][:3] for x in read), views, on,
         (
-            device, views is None, on, op, kernel, normalize, reverse, in_blocks, precision, dtype, H < HV, K, V,
-            layout, cuts > 1, *(x is None for x in inputs),
+            device, views is None, on, op, kernel, normalize, reverse, in_blocks, gate_grad, precision, dtype, H < HV,
+            K, V, layout, cuts > 1, *(x is None for x in inputs),
         ),
     )  # fmt: skip
-    if in_blocks or (normalize and kernel == "backward"):
+    if in_blocks or gate_grad or (normalize and kernel == "backward"):
         plan.blocks = ceil(T, plan.C)
         plan.block_slots = B * plan.blocks if packed is None else T // plan.C + N
     return plan

@@ -136,12 +136,14 @@ def scan(
 
 @triton.jit(do_not_specialize=["T", "N", "cuts", "slots", "heads"])
 def gate_gradient(
-    rho,  # [3, TILES, B * HV, T] see below
+    rho,  # [READ + INSIDE + WROTE, B * HV, T] see below
     across,  # [slots, HV, ACROSS]
+    factor,  # [slots, HV] of `across`
     dg,  # [B, T, HV] out
     dgamma,  # [programs / HV, HV] out: sums of dg
     cu, table, T, N, HV, cuts, slots, heads,
-    TILES: tl.constexpr, ACROSS: tl.constexpr, REVERSE: tl.constexpr, LAYOUT: tl.constexpr, SUM: tl.constexpr,
+    READ: tl.constexpr, INSIDE: tl.constexpr, WROTE: tl.constexpr, ACROSS: tl.constexpr, FACTOR: tl.constexpr,
+    REVERSE: tl.constexpr, LAYOUT: tl.constexpr, SUM: tl.constexpr,
     C: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
     """dg, for NB blocks.
@@ -149,8 +151,8 @@ def gate_gradient(
     dg_t is the sum over all pairs of a token i >= t that reads and a token j < t that wrote. With both in the block of
     t, that is the sum over i >= t of q.dq - k.dk, each from pairs inside the block and without the pair of a token with
     itself; the pairs after t cancel, to the last digit, since both roles round the same weights. To it come what tokens
-    i >= t read from the state where the block starts (in rho[0], with the first part), what tokens j < t wrote that is
-    read after the block (rho[2]), and what goes across the whole block. Nothing else cancels: each part has the
+    i >= t read from the state where the block starts (in READ, with the first part), what tokens j < t wrote that is
+    read after the block (WROTE), and what goes across the whole block. Nothing else cancels: each part has the
     relative error of its own size, however short the memory of the gates.
     """
     pid = tl.program_id(0)
@@ -167,12 +169,16 @@ def gate_gradient(
     x = tl.zeros([NB, C], tl.float32)
     wrote = tl.zeros([NB, C], tl.float32)
     over = tl.zeros([NB], tl.float32)
-    for j in range(TILES):
+    for j in tl.static_range(READ):
         x += tl.load(p + j * size, mask=live, other=0.0)
-        x -= tl.load(p + (TILES + j) * size, mask=live, other=0.0)
-        wrote += tl.load(p + (2 * TILES + j) * size + (1 if REVERSE else -1), mask=live & earlier, other=0.0)
-    for j in range(ACROSS):
+    for j in tl.static_range(READ, READ + INSIDE):
+        x -= tl.load(p + j * size, mask=live, other=0.0)
+    for j in tl.static_range(READ + INSIDE, READ + INSIDE + WROTE):
+        wrote += tl.load(p + j * size + (1 if REVERSE else -1), mask=live & earlier, other=0.0)
+    for j in tl.static_range(ACROSS):
         over += tl.load(across + (slot * HV + h) * ACROSS + j, mask=exists & (count > 0), other=0.0)
+    if FACTOR:
+        over *= tl.load(factor + slot * HV + h, mask=exists & (count > 0), other=0.0)
     x = over[:, None] + tl.cumsum(x, 1, reverse=not REVERSE) + tl.cumsum(wrote, 1, reverse=REVERSE)
     if SUM:
         tl.store(dgamma + pid, tl.sum(tl.sum(tl.where(live, x, 0.0), 1), 0))

@@ -71,7 +71,7 @@ def ordered(text: str, path: Path) -> dict[str, int]:
     lines = dict(enumerate(path.read_text().splitlines(), 1))
     call = next(n for n, line in lines.items() if "gl.warp_specialize(" in line)
     passed = {n for n, line in lines.items() if n >= call - 1 or line.startswith("def ")}
-    factors = re.compile(r"\b(((d|u|gain)_s|box)\.index\(\w+\)|weights)\.(load|store)\(")
+    factors = re.compile(r"\b(((d|u|gain|r)_s|box)\.index\(\w+\)|weights)\.(load|store)\(")
     handed = {n for n, line in lines.items() if factors.search(line)}
     found: dict[str, int] = dict(passed=0, handed=0)
     for race in RACE.findall(text):
@@ -97,7 +97,8 @@ def sanitizer(out: Path, devices: int, widths: list[int]) -> dict[tuple[int, str
         if width == 0:
             program = [str(HERE / "handover.py")]
         log = out / f"sanitizer_{width}{part}_{tool}.log"
-        command = ["compute-sanitizer", "--tool", tool, sys.executable, *program]
+        # (by default it prints 100 reports and drops the rest: what is not printed, `ordered` could not judge)
+        command = ["compute-sanitizer", "--print-limit", "100000", "--tool", tool, sys.executable, *program]
         # with the caching allocator, reads past a tensor would land in a neighbour and go unnoticed
         running[width, part, tool] = start(command, log, i % devices, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return running

@@ -114,11 +114,11 @@ def ours(case: dict, x: dict) -> dict:
     options = (case["scale"], case["normalize"], case["reverse"])
     qkvg = (x["q"], x["k"], x["v"], x["g"], x["gamma"], x["S0"])
     o, S = launch.forward(case["op"], *qkvg, True, x["cu"], *options)
-    saved = o if case["normalize"] else None
-    grads = launch.backward(case["op"], *qkvg, x["cu"], *options, saved, x["do"], x["dS1"], not case.get("fixed"))
-    out = dict(o=o, S=S) | {
-        "d" + n: y for n, y in zip(["q", "k", "v", "g", "gamma", "S0"], grads, strict=True) if y is not None
-    }
+    out = dict(o=o, S=S)
+    if case.get("backward", True):
+        saved = o if case["normalize"] else None
+        grads = launch.backward(case["op"], *qkvg, x["cu"], *options, saved, x["do"], x["dS1"], not case.get("fixed"))
+        out |= {"d" + n: y for n, y in zip(["q", "k", "v", "g", "gamma", "S0"], grads, strict=True) if y is not None}
     tiles.segment = None
     tiles.described = DESCRIBED
     tiles.hopper = HOPPER
@@ -192,6 +192,8 @@ OPTIONS = [
     dict(gate="g", state=True, fixed=True, B=1, H=136, HV=136, T=300),
     dict(gate="gamma", state=False, fixed=True, B=1, H=136, HV=136, T=300, reverse=True),
     dict(gate="mixed", state=True, fixed=True, B=1, H=136, HV=136, T=300),
+    dict(gate="mixed", state=True, B=1, H=68, HV=136, T=500, segment=192),
+    dict(gate="gamma", state=True, B=1, H=136, HV=136, T=300, reverse=True),
     dict(gate="reset", state=True, fixed=True, segment=192, H=2, HV=4),
     dict(gate="edge", state=True, fixed=True, segment=192),
     dict(gate="edge", state=True, fixed=True, segment=192, reverse=True),
@@ -233,7 +235,7 @@ def cases(full: bool, first: int = 0) -> Iterator[dict]:
                 if every and "cu" not in options:
                     yield make(**case, copied=False)
                     case["copied"] = True
-                    if width != 64 and not options.get("normalize"):
+                    if width != 64:
                         yield make(**case, hopper=True)
                     case["hopper"] = False
                 yield make(**case)
@@ -510,10 +512,14 @@ def sanitize(width: int, on_hopper: bool) -> None:
     base = dict(
         op="chunk", B=1, T=100, H=1, HV=2, K=width, V=width, normalize=False, reverse=False, state=True, scale=0.2
     )
-    # (no grouped heads there: initcheck does not see what the hardware's copies write, and sums over groups read that)
+    # (initcheck does not see what the hardware's copies write, and sums over groups of heads read that, as the
+    # backward of the normaliser reads o: there are no groups, and of the normaliser the forward alone)
     wide = dict(H=2, T=470, fixed=True, dtype="bf16", hopper=True)  # eight chunks: every place is used again
     gates = [wide | dict(gate=gate) for gate in ("none", "g", "strong")]
     gates += [wide | dict(gate="gamma", reverse=True, segment=192), wide | dict(gate="strong", dtype="fp16")]
+    gates += [wide | dict(gate=gate, normalize=True, backward=False) for gate in ("none", "g")]
+    if width <= 128:
+        gates += [wide | dict(gate="g", fixed=False), wide | dict(gate="gamma", fixed=False, reverse=True, segment=192)]
     for i, options in enumerate([*gates, *(dict(many=1, **x) for x in gates)] if on_hopper else [
         dict(gate="g", normalize=True, segment=64), dict(gate="gamma", cu=[0, 0, 70, 90], segment=64),
         dict(gate="none"), dict(gate="g"), dict(gate="g", op="recurrent", T=70, normalize=True, segment=64),

@@ -121,7 +121,7 @@ def test_linear_in_q(name: str, device: str, data: st.DataObject) -> None:
 @every_op
 @given(data=st.data())
 def test_no_token_sees_a_later_one(name: str, device: str, data: st.DataObject) -> None:
-    case, x, _ = draw(data, device, packed=False)
+    case, x, limit = draw(data, device, packed=False)
     cut = data.draw(st.integers(0, case.T))
     unseen, seen = (slice(cut), slice(cut, None)) if case.reverse else (slice(cut, None), slice(cut))
     changed = {n: None if x[n] is None else x[n].clone() for n in ("q", "k", "v", "g")}
@@ -129,7 +129,12 @@ def test_no_token_sees_a_later_one(name: str, device: str, data: st.DataObject) 
         if y is not None:
             y[:, unseen] = -1.5 if n == "g" else 1e3
     o, other = OPERATORS[name](**x)[0], OPERATORS[name](**{**x, **changed})[0]
-    assert torch.equal(o[:, seen], other[:, seen])
+    # Whether gates of a sequence are mild decides in which of two forms CUDA kernels walk it: later ones may change how
+    # earlier outputs are rounded.
+    if device == "cuda" and x["g"] is not None and name != "recurrent":
+        assert norm(o[:, seen] - other[:, seen]) <= limit * norm(o[:, seen])
+    else:
+        assert torch.equal(o[:, seen], other[:, seen])
 
 
 @every_op
@@ -219,8 +224,10 @@ def test_linear_attention_is_one_of_the_operators(device: str, data: st.DataObje
 @pytest.mark.parametrize(
     ("shape", "chosen"),
     [
-        ({"T": 8, "B": 64, "H": 4}, {"cpu": "fused_chunk", "cuda": "recurrent"}),
-        ({"T": 1, "B": 1, "H": 4}, {"cpu": "chunk", "cuda": "recurrent"}),
+        ({"T": 4, "B": 64, "H": 4, "state": True}, {"cpu": "fused_chunk", "cuda": "recurrent"}),
+        ({"T": 1, "B": 1, "H": 4, "state": True}, {"cpu": "chunk", "cuda": "recurrent"}),
+        ({"T": 1, "B": 64, "H": 4}, "fused_chunk"),
+        ({"T": 5, "B": 1, "H": 4, "state": True}, "chunk"),
         ({"T": 9, "B": 1, "H": 4}, "chunk"),
         ({"T": 9, "B": 64, "H": 2, "V": 1}, "fused_chunk"),
         ({"T": 9, "B": 127, "H": 1, "V": 64}, "chunk"),
