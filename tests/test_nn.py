@@ -228,7 +228,7 @@ def test_compiles_in_one_graph(name: str, device: str) -> None:
         x, mask = inputs(3, T, device, torch.float32), masks(T).to(device)[:3]
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             got = gradients(layer, x, functools.partial(run, mask=mask))
-        # on CUDA, T = 5 is `recurrent` in eager and `chunk` in a graph for any length: each within 1e-5 of the truth
+        # (each within 1e-5 of the truth)
         limit = 2e-5 if device == "cuda" else 1e-5
         equal(got, gradients(layer, x, functools.partial(layer, attention_mask=mask)), limit)
 

@@ -188,7 +188,7 @@ def picked(x: Inputs) -> str:
     """The operator that `linear_attention` calls."""
     if x.shape.kind == "decode":
         return "recurrent_step"
-    operator = functions.select(x.q, x.v, x.cu_seqlens)
+    operator = functions.select(x.q, x.v, None, x.cu_seqlens)
     return next(name for name in OPS if getattr(ops, name).operator is operator)
 
 

@@ -121,8 +121,9 @@ def recurrent(
     )
 
 
-# On a GPU: up to this many tokens the recurrence is the cheaper form; from this many walks on, one per head fills it.
-RECURRENT_TOKENS = 8
+# On a GPU: up to this many tokens behind a state the recurrence is the cheaper form; from this many walks on, one per
+# head fills it.
+RECURRENT_TOKENS = 4
 FILLING_PROGRAMS = 128
 
 
@@ -143,22 +144,23 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention by the operator that suits the shapes.
 
-    The rule reads shapes and the device alone, so it traces: `recurrent` for at most 8 tokens, but not on a CPU, where
-    `chunk` is as fast for one token and faster for two; `fused_chunk` where N * HV * ceil(V / 64), the walks that run
-    at once, is at least 128; else `chunk`. While tracing with dynamic sizes, `chunk` too wherever they would decide.
+    The rule reads no values, so it traces: `recurrent` on a GPU for at most 4 tokens that continue an initial state,
+    `fused_chunk` where N * HV * ceil(V / 64), the walks that run at once, is at least 128, else `chunk`. While tracing
+    with dynamic sizes, `chunk` too wherever they would decide.
     """
-    operator = select(q, v, cu_seqlens)
+    operator = select(q, v, initial_state, cu_seqlens)
     return operator(q, k, v, g, g_gamma, initial_state, output_final_state, cu_seqlens, scale, normalize, reverse)
 
 
-def select(q: Any, v: Any, cu_seqlens: Any, device: str | None = None) -> Any:
+def select(q: Any, v: Any, initial_state: Any, cu_seqlens: Any, device: str | None = None) -> Any:
     """The operator that `linear_attention` calls on this type of device, by default that of q.
 
     Any of them for arguments that all refuse.
     """
     if not (isinstance(q, Tensor) and q.ndim == 4):
         return ops.chunk.operator
-    if (device or q.device.type) != "cpu" and _surely(q.shape[1] <= RECURRENT_TOKENS):
+    continues = initial_state is not None and (device or q.device.type) != "cpu"
+    if continues and _surely(q.shape[1] <= RECURRENT_TOKENS):
         return ops.recurrent.operator
     packed = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1
     rows = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
