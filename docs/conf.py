@@ -222,13 +222,15 @@ def _aims() -> dict[str, str]:
         return judged(x, x <= goal)
 
     def cost(gate: str, goal: float, mode: str = "forward") -> str:
-        costs = []
+        costs, note = [], ""
         for name in ("D 128", "D 64"):  # the last record that has both
-            groups = {(shapes[name], gate), (shapes[name], "none")}
-            run = next(run for run in reversed(runs) if groups <= {bench.group(r) for r in run})
+            wanted = {(shapes[name], gate, mode), (shapes[name], "none", mode)}
+            have = [run for run in runs if wanted <= {(*bench.group(r), r.get("mode")) for r in run}]
+            run = have[-1] if have else rows
+            note = note if have else " (of two runs)"
             x = ratio(row(name, gate, mode, run), row(name, mode=mode, run=run)) - 1
             costs.append(judged(x, x <= goal, ".0%"))
-        return " and ".join(costs)
+        return " and ".join(costs) + note
 
     def packing(mode: str) -> str:
         more = []

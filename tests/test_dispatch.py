@@ -364,9 +364,12 @@ def test_what_is_read_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert views(kernel="backward", width=64, gamma=torch.zeros(3)) is not None
     assert views(kernel="backward") is not None
     assert views(kernel="backward", gate_grad=True, width=256) is not None
+    assert views(kernel="backward", gate_grad=True, dtype=torch.bfloat16) is not None  # on hopper.py
+    for other in ({"dtype": torch.float16}, {"width": 120}):  # one program for a block
+        assert views(kernel="backward", gate_grad=True, **{"dtype": torch.bfloat16, **other}) is None
     with monkeypatch.context() as patch:
         patch.setattr(tiles, "hopper", False)
-        assert views(kernel="backward", gate_grad=True) is None  # one program for a block
+        assert views(kernel="backward", gate_grad=True, dtype=torch.bfloat16) is None
     x = torch.zeros(2, 1024, 3, 256, dtype=torch.float16)
     assert views(q=x[..., 8:136])[0] == ([2, 3, 1024, 128], [1024 * 768, 256, 768, 1])
     assert views(q=x[..., 4:132]) is None  # starts between two multiples of 16 bytes

@@ -121,8 +121,8 @@ def recurrent(
     )
 
 
-# On a GPU: up to this many tokens behind a state the recurrence is the cheaper form; from this many walks on, one per
-# head fills it.
+# On a GPU: up to this many tokens behind a state the recurrence is mostly the cheaper form (docs/performance.md); from
+# this many walks on, one per head fills it.
 RECURRENT_TOKENS = 4
 FILLING_PROGRAMS = 128
 

@@ -5,8 +5,8 @@ Roles, letters and formulas as there; dense sequences, bfloat16 and float16; of 
 
     out = s ((a b^T * W) c + D * (a S))        S <- gain S + b^T (U * c)
 
-where gates are mild, in the factored form (see `walk_safely` there): W_ij = D_i E_j and U = gain E, so that no product
-waits for a factor of another:
+where gates are mild, in bfloat16 and without the normaliser, in the factored form (see `walk_safely` there):
+W_ij = D_i E_j and U = gain E, so that no product waits for a factor of another:
 
     out = s D * (tril(a b^T) (E * c) + a S)    S <- gain (S + b^T (E * c))
 

@@ -1,7 +1,7 @@
 """From checked tensors to kernel launches: `forward`, `backward` and `step_`. No copy to the host, no synchronisation.
 
     forward:   [gates] -> [states of segments -> scan over segments] -> pass
-    backward:  [gates] -> [the same two, for S and dS] -> pass (dq, dk, dv)
+    backward:  [gates] -> [the same two, for S and dS] -> pass (dq, dk, dv; on hopper.py also: dk and dv -> dq -> dg)
     backward in blocks:  [gates] -> [the same two] -> S and dS between blocks -> dq, dk, dv -> [dg]
 
 In blocks, dg needs no sum that leaves its block: that keeps it exact. With the normaliser, its denominators (in a walk

@@ -164,7 +164,8 @@ def planned(
     width = max(K, V)
     gluon = (
         gluon and tiles.hopper and describable == 9 and kernel not in tiles.override and packed is None
-        and width > 64 and K % 8 == V % 8 == 0 and not (in_blocks or (gate_grad and width > 128))
+        and width > 64 and K % 8 == V % 8 == 0 and not in_blocks
+        and not (gate_grad and (dtype, K, V) != (torch.bfloat16, 128, 128))  # what has been through the proof
         and not (normalize and (kernel == "backward" or dtype != torch.bfloat16))
     )  # fmt: skip
     known = (

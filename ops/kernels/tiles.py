@@ -7,8 +7,8 @@ normaliser; "+gates": with gates of any kind, "+gamma": with those of g_gamma) a
 for. What has no row of its own takes the one that is named with less. A chunk of 1 means token by token, in exact
 float32, without matrix units. The chunk of "states" is that of the kernel they serve: the row says for which its
 stages are meant. A backward in blocks whose block holds all columns of K and of V takes one program for dq, dk and dv.
-"hopper" and "hopper_few" are for hopper.py, the second where programs would not fill the GPU; their registers are those
-of a consumer's threads.
+"hopper" and "hopper_few" are for hopper.py, the second where programs would not fill the GPU, and for the normaliser
+above a width of 128; their registers are those of a consumer's threads.
 """
 
 from __future__ import annotations
