@@ -322,6 +322,11 @@ def _models(where: str) -> dict:
 
 
 _gpu = {name: _record(f"gpu_{name}") for name in ("cases", "contract", "timing", "sanitizer", "pytest")}
+_normaliser = _record("gpu_normaliser")["cases"]
+_gpu["normaliser"] = {
+    "count": len(_normaliser),
+    "worst": f"{max(e for c in _normaliser for e in c['errors'].values()):.1e}",
+}
 _copied = [c for c in _gpu["cases"]["cases"] if " copied" in c["case"]]
 _gpu["copied"] = {
     "asked": len(_copied),

@@ -340,9 +340,11 @@ def _roles_launch(plan: Plan, roles: int, has_s0: bool, has_ds1: bool, has_ds0: 
     options = _hopper_options(plan, max(plan.K, plan.V))
     TK, TV = ceil(plan.K, plan.tile.block), ceil(plan.V, plan.tile.block)
     programs = (TK * (roles & 1) + TK * (roles >> 1 & 1) + TV * (roles >> 2)) * plan.HV * plan.slots
+    # (what these roles do not look at is no reason to compile them again)
     return Launch(
-        programs, SUMS=plan.gate_grad, ROLES=roles, HAS_S0=has_s0, HAS_DS1=has_ds1, HAS_DS0=has_ds0, **options
-    )
+        programs, SUMS=plan.gate_grad, ROLES=roles, HAS_S0=has_s0 and bool(roles & 1),
+        HAS_DS1=has_ds1 and bool(roles & 6), HAS_DS0=has_ds0 and bool(roles & 4), **options,
+    )  # fmt: skip
 
 
 class _Sums:

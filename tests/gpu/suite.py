@@ -194,6 +194,8 @@ OPTIONS = [
     dict(gate="mixed", state=True, fixed=True, B=1, H=136, HV=136, T=300),
     dict(gate="mixed", state=True, B=1, H=68, HV=136, T=500, segment=192),
     dict(gate="gamma", state=True, B=1, H=136, HV=136, T=300, reverse=True),
+    dict(gate="g", normalize=True, state=True, B=1, H=136, HV=136, T=300),
+    dict(gate="gamma", normalize=True, state=True, B=1, H=68, HV=136, T=500, reverse=True, segment=192),
     dict(gate="reset", state=True, fixed=True, segment=192, H=2, HV=4),
     dict(gate="edge", state=True, fixed=True, segment=192),
     dict(gate="edge", state=True, fixed=True, segment=192, reverse=True),
