@@ -339,6 +339,24 @@ def test_far_states_are_copied_for_32_bit_offsets() -> None:
     assert launch._near(None) is None
 
 
+def test_roles_are_compiled_for_what_they_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "described", 0)
+    monkeypatch.setattr(launch, "_hopper_walk", object())  # also where Triton is of another release
+    x, g = torch.zeros(2, 128, 3, 128, dtype=torch.bfloat16), torch.zeros(2, 128, 3)
+    plan = launch._plan("chunk", "backward", False, False, False, True, x, x, x, g, None, None, None, None, x)
+    assert plan.on_hopper
+
+    def seen(roles: int) -> list[bool]:
+        """Of S0, dS1 and dS0: whether the code of these roles depends on it."""
+        none = launch._roles_launch(plan, roles, False, False, False).constants
+        one = [[i == j for j in range(3)] for i in range(3)]
+        return [launch._roles_launch(plan, roles, *it).constants != none for it in one]
+
+    assert [seen(roles) for roles in (1, 2, 4, 6, 7)] == [
+        [True, False, False], [False, True, False], [False, True, True], [False, True, True], [True, True, True]
+    ]  # fmt: skip
+
+
 def test_what_is_read_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "described", 2 * 1024 * 3 * 256)
 

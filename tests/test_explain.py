@@ -311,8 +311,10 @@ def test_the_tiles_are_those_of_the_gpu_that_is_here(monkeypatch: pytest.MonkeyP
     both = (4 + 2) * q.nbytes + (1 + 21) * g.nbytes
     assert first.bytes == both + 2 * q.nbytes
     assert second.bytes == both + q.nbytes + g.nbytes // 8 + g.nbytes // 64
-    told = torch_la.explain(q, q, q, normalize=True)
-    assert [it.name for it in told.forward.launches or ()] == ["hopper.walk"]
+    for width, blocks in ((128, (128, 128)), (256, (128, 64))):  # without the normaliser, and with it
+        q = meta(8, 4096, 32, width)
+        walks = [(torch_la.explain(q, q, q, normalize=it).forward.launches or ())[-1] for it in (False, True)]
+        assert [(it.name, it.block) for it in walks] == [("hopper.walk", block) for block in blocks]
 
 
 def test_recurrent_has_one_stage() -> None:

@@ -306,8 +306,9 @@ def asked_by_the_launcher() -> list[tuple[str, str]]:
     tune._worst, triton.testing.do_bench = worst, do_bench
     for row in rows:  # the functions above look at it
         widths = list(tiles.table()[row[0]][row[1]].items())
-        # (of all kernels, the backward alone goes another way where heads are wide)
-        for width, choice in (widths[0], widths[-1])[: 1 + (row[0] == "backward")]:
+        # (the other kernels go no other way where heads are wide)
+        wide = row[0] in ("backward", "hopper", "hopper_few")
+        for width, choice in (widths[0], widths[-1])[: 1 + wide]:
             current = tiles.Tile(*choice)
             choice = (current.chunk, current.block, current.warps, current.stages)
             tune._timed(*row, int(width), choice, 0)

@@ -338,7 +338,7 @@ def _role_on_hopper(
 @remembered
 def _roles_launch(plan: Plan, roles: int, has_s0: bool, has_ds1: bool, has_ds0: bool) -> Launch:
     options = _hopper_options(plan, max(plan.K, plan.V))
-    TK, TV = ceil(plan.K, plan.tile.block), ceil(plan.V, plan.tile.block)
+    TK, TV = plan.output_tiles
     programs = (TK * (roles & 1) + TK * (roles >> 1 & 1) + TV * (roles >> 2)) * plan.HV * plan.slots
     # (what these roles do not look at is no reason to compile them again)
     return Launch(
@@ -350,20 +350,15 @@ def _roles_launch(plan: Plan, roles: int, has_s0: bool, has_ds1: bool, has_ds0: 
 class _Sums:
     """What dg is made of, as gate_gradient takes it."""
 
-    def __init__(self, plan: Plan, slots: int, q: Tensor) -> None:
-        TK, TV = plan.output_tiles
-        self.counts = TK, TK, TK
-        parts = TV
-        self.kept = q
-        if plan.on_hopper:  # a part for each warp
-            consumers = plan.tile.block // 64
-            parts = TK * consumers * 4
-            self.counts = parts + TK, TK * 4, parts
-            size = TK * plan.tile.block * 128
+    def __init__(self, plan: Plan, q: Tensor) -> None:
+        slots, (*rows, across) = plan.block_slots, plan.dg_parts
+        self.rho = torch.empty(sum(rows), plan.B * plan.HV, plan.T, dtype=torch.float32, device=q.device)
+        self.across = torch.empty(slots, plan.HV, across, dtype=torch.float32, device=q.device)
+        self.kept = self.factor = self.rho
+        if plan.on_hopper:
+            size = plan.output_tiles[0] * plan.tile.block * 128
             self.kept = torch.empty(slots, plan.HV, size, dtype=q.dtype, device=q.device)
-        self.rho = torch.empty(sum(self.counts), plan.B * plan.HV, plan.T, dtype=torch.float32, device=q.device)
-        self.across = torch.empty(slots, plan.HV, parts, dtype=torch.float32, device=q.device)
-        self.factor = torch.empty(slots, plan.HV, dtype=torch.float32, device=q.device) if plan.on_hopper else self.rho
+            self.factor = torch.empty(slots, plan.HV, dtype=torch.float32, device=q.device)
 
 
 def _backward_on_hopper(
@@ -473,8 +468,8 @@ def _backward_launch(
 
 
 @remembered
-def _gate_gradient_launch(plan: Plan, layout: int, total: bool, counts: tuple[int, int, int], across: int) -> Launch:
-    read, inside, wrote = counts
+def _gate_gradient_launch(plan: Plan, layout: int, total: bool) -> Launch:
+    read, inside, wrote, across = plan.dg_parts
     NB = max(1, 1024 // plan.C)
     return Launch(
         plan.HV * ceil(plan.block_slots, NB),
@@ -581,7 +576,7 @@ def backward(
                 layout, cuts, length, slots = block_layout, plan.blocks, plan.C, plan.block_slots
                 start, dend, dstart, d_scale = kept.states[0], kept.states[1], None, 1.0
                 packed = block_packed
-        sums = _Sums(plan, plan.block_slots, q) if rho_wanted else None
+        sums = _Sums(plan, q) if rho_wanted else None
         if plan.on_hopper:
             _backward_on_hopper(plan, q, k, v, do, dq, dk, dv, *gates, start, dend, dstart, sums, scale, d_scale)
         else:
@@ -601,7 +596,7 @@ def backward(
             )  # fmt: skip
         dg = dgamma = None
         if sums is not None:
-            launch = _gate_gradient_launch(plan, block_layout, wants_dgamma, sums.counts, sums.across.shape[2])
+            launch = _gate_gradient_launch(plan, block_layout, wants_dgamma)
             programs = launch.grid[0] // HV
             part = torch.empty(programs, HV, dtype=torch.float32, device=device) if wants_dgamma else q
             dg = torch.empty(B, T, HV, dtype=g.dtype, device=device) if wants_dg and g is not None else None

@@ -110,6 +110,15 @@ class Plan:
         return ceil(self.K, BN), ceil(self.V, BN)
 
     @functools.cached_property
+    def dg_parts(self) -> tuple[int, int, int, int]:
+        """How many parts of dg there are, as gate_gradient counts them: READ, INSIDE, WROTE and ACROSS."""
+        TK, TV = self.output_tiles
+        if not self.on_hopper:
+            return TK, TK, TK, TV
+        warps = 4 * TK * self.tile.block // 64  # each has its own part, and the scores of each program one more
+        return warps + TK, 4 * TK, warps, warps
+
+    @functools.cached_property
     def C(self) -> int:
         """Tokens of a block."""
         return BLOCK if self.tokens else self.tile.chunk

@@ -211,11 +211,8 @@ def selective_state_update(
     pool = state.to(dtype)  # itself, where the dtype is right
     y = functions.recurrent_step(C, B, v, pool.mT, g, state_indices=state_batch_indices, scale=1.0)
     if state.dtype != dtype:
-        if (
-            state_batch_indices is not None
-        ):  # only slots that are named: where the pool is narrower, it rounded the others
-            slots = torch.arange(S, device=x.device)
-            named = (slots[:, None] == state_batch_indices[None, :]).any(1)
+        if state_batch_indices is not None:  # slots that nobody names keep digits which `dtype` may not have
+            named = torch.isin(torch.arange(S, device=x.device), state_batch_indices)
             pool = torch.where(named[:, None, None, None], pool.to(state.dtype), state)
         state.copy_(pool)
     y = skip_and_gate(y, x, D, z)
